@@ -1,0 +1,151 @@
+"""Coupled-GRPO, the whole method: views -> advantages -> loss. Equation numbers are those of arXiv 2506.20639v2.
+
+Reading order: `coupled_views` (which tokens are hidden when a completion is scored, eq. 13), `scoring.py` (views to
+log-probs), `ADVANTAGES` (eq. 2 and its leave-one-out form), `coupled_grpo_loss` (eq. 4).
+
+Departures from the paper's text and from the released code:
+- the minus that eq. 13's text leaves out is here: estimates are log-probs, not losses;
+- masks are exact complements: the paper's strict inequalities leave ties in neither view;
+- t is drawn per group (or per row), never once for everything a process happens to score;
+- the loss is divided by the token count of the step's whole batch, not of the micro-batch;
+- samples whose program could not be judged leave the baseline and the loss.
+`method.compat: release` restores what the release computes, for parity tests only.
+
+Shapes: G rollouts of one prompt, B rollouts (siblings adjacent), C completion tokens, S views.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffrl.types import MaskViews
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewOptions:
+    """Knobs of an estimator. The defaults are the published recipe."""
+
+    num_pairs: int = 1  # lambda of eq. 13
+    num_samples: int = 2  # K of `monte_carlo`
+    t_min: float = 0.2
+    t_max: float = 0.8
+    share_t: Literal["row", "group"] = "group"
+    share_masks: bool = False  # True: all siblings of a group are masked alike (common random numbers)
+
+
+def draw_t(generator: torch.Generator, num_rows: int, options: ViewOptions) -> Tensor:
+    """Mask ratios t ~ U[t_min, t_max], shape [G, 1]; one value in all rows when shared."""
+    rows = num_rows if options.share_t == "row" else 1
+    t = options.t_min + (options.t_max - options.t_min) * torch.rand(rows, 1, generator=generator)
+    return t.expand(num_rows, 1)
+
+
+def draw_hidden(generator: torch.Generator, t_G1: Tensor, num_tokens: int, options: ViewOptions) -> Tensor:
+    """Forward process, eq. 1: every completion token is hidden independently with probability t. Bool [G, C]."""
+    rows = 1 if options.share_masks else t_G1.shape[0]
+    return torch.rand(rows, num_tokens, generator=generator) < t_G1
+
+
+def coupled_views(generator: torch.Generator, group_size: int, num_tokens: int, options: ViewOptions) -> MaskViews:
+    """Eq. 13: 1/(lambda+1) * [ sum over pairs (L_t + L_(1-t)) + L_T ], L_t = (1/t) * log-prob of what t hides.
+
+    Views: everything hidden, then a random part and exactly the rest of it for every pair. Each token is hidden
+    once in each pair, so no token is ever left without gradient.
+    """
+    everything_GC = torch.ones(group_size, num_tokens, dtype=torch.bool)
+    hidden, weight = [everything_GC], [everything_GC.float()]
+    for _ in range(options.num_pairs):
+        t_G1 = draw_t(generator, group_size, options)
+        part_GC = draw_hidden(generator, t_G1, num_tokens, options)
+        hidden += [part_GC, ~part_GC]
+        weight += [part_GC / t_G1, ~part_GC / (1 - t_G1)]
+    return MaskViews(hidden_SBC=torch.stack(hidden), weight_SBC=torch.stack(weight) / (options.num_pairs + 1))
+
+
+def group_mean_advantages(rewards_B: Tensor, valid_B: Tensor, group_size: int) -> Tensor:
+    """Advantage = reward - mean of the group (eq. 2 without the division by the standard deviation).
+
+    Samples that could not be judged are not part of the mean and get 0; so does a group with fewer than two
+    valid samples.
+    """
+    return _center(rewards_B, valid_B, group_size, leave_one_out=False)
+
+
+def leave_one_out_advantages(rewards_B: Tensor, valid_B: Tensor, group_size: int) -> Tensor:
+    """Advantage = reward - mean of the OTHER valid samples of the group (RLOO; the release's choice)."""
+    return _center(rewards_B, valid_B, group_size, leave_one_out=True)
+
+
+def _center(rewards_B: Tensor, valid_B: Tensor, group_size: int, *, leave_one_out: bool) -> Tensor:
+    valid_NG = valid_B.reshape(-1, group_size)
+    rewards_NG = rewards_B.reshape(-1, group_size).masked_fill(~valid_NG, 0.0)
+    count_N1 = valid_NG.sum(1, keepdim=True)
+    centered_NG = rewards_NG - rewards_NG.sum(1, keepdim=True) / count_N1.clamp(min=1)
+    if leave_one_out:  # r - (sum - r) / (n - 1) = (r - mean) * n / (n - 1)
+        centered_NG = centered_NG * count_N1 / (count_N1 - 1).clamp(min=1)
+    return centered_NG.masked_fill(~valid_NG | (count_N1 < 2), 0.0).reshape(-1)
+
+
+AdvantageFn = Callable[[Tensor, Tensor, int], Tensor]
+ADVANTAGES: Mapping[str, AdvantageFn] = {"group_mean": group_mean_advantages, "leave_one_out": leave_one_out_advantages}
+
+
+def usable_samples(rewards_B: Tensor, valid_B: Tensor, group_size: int, *, drop_equal_groups: bool) -> Tensor:
+    """Which samples enter the loss, bool [B]: judged, in a group with at least two judged samples, and, when
+    `drop_equal_groups`, in one whose rewards differ. The others get loss mask 0; no shape ever changes."""
+    valid_NG = valid_B.reshape(-1, group_size)
+    rewards_NG = rewards_B.reshape(-1, group_size)
+    keep_N1 = valid_NG.sum(1, keepdim=True) >= 2
+    if drop_equal_groups:
+        low = rewards_NG.masked_fill(~valid_NG, torch.inf).amin(1, keepdim=True)
+        high = rewards_NG.masked_fill(~valid_NG, -torch.inf).amax(1, keepdim=True)
+        keep_N1 &= high > low
+    return (valid_NG & keep_N1).reshape(-1)
+
+
+def coupled_grpo_loss(
+    logprobs_BC: Tensor,
+    old_logprobs_BC: Tensor,
+    ref_logprobs_BC: Tensor | None,
+    advantages_B: Tensor,
+    loss_mask_BC: Tensor,
+    *,
+    num_loss_tokens: int,
+    clip_low: float,
+    clip_high: float,
+    kl_coef: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. 4: clipped surrogate on the token ratio, minus beta times the k3 KL to the reference.
+
+    `num_loss_tokens` counts the step's whole batch; the losses (and metrics) of its micro-batches add up to the
+    loss (and metrics) of the step. Gradient flows through `logprobs_BC` alone.
+    """
+    mask_BC = loss_mask_BC.float()
+    advantages_B1 = advantages_B[:, None]
+    ratio_BC = torch.exp(logprobs_BC - old_logprobs_BC)
+    clipped_BC = ratio_BC.clamp(1 - clip_low, 1 + clip_high)
+    policy_BC = -torch.minimum(ratio_BC * advantages_B1, clipped_BC * advantages_B1)
+    if ref_logprobs_BC is None:
+        kl_BC = torch.zeros_like(policy_BC)
+    else:  # k3 of Schulman, "Approximating KL divergence" (2020): exp(d) - d - 1 with d = ref - new
+        delta_BC = ref_logprobs_BC - logprobs_BC
+        kl_BC = torch.exp(delta_BC) - delta_BC - 1
+
+    def mean(x_BC: Tensor) -> Tensor:
+        return (x_BC * mask_BC).sum() / num_loss_tokens
+
+    policy, kl = mean(policy_BC), mean(kl_BC)
+    loss = policy + kl_coef * kl
+    with torch.no_grad():
+        metrics = {
+            "loss/total": loss.detach(),
+            "loss/policy": policy.detach(),
+            "loss/kl": kl.detach(),
+            "loss/ratio_mean": mean(ratio_BC),
+            "loss/clip_low_frac": mean(((ratio_BC < 1 - clip_low) & (advantages_B1 < 0)).float()),
+            "loss/clip_high_frac": mean(((ratio_BC > 1 + clip_high) & (advantages_B1 > 0)).float()),
+        }
+    return loss, metrics
