@@ -16,7 +16,9 @@ from diffrl.types import MaskViews
 EstimatorFn = Callable[[torch.Generator, int, int, ViewOptions], MaskViews]
 
 
-def coupled_normalized_views(generator: torch.Generator, group_size: int, num_tokens: int, options: ViewOptions) -> MaskViews:
+def coupled_normalized_views(
+    generator: torch.Generator, group_size: int, num_tokens: int, options: ViewOptions
+) -> MaskViews:
     """The coupled pair halved as in the paper's appendix A.4: {1/2, 1/(4t), 1/(4(1-t))} for one pair, expected weight 1.
 
     The pair is unbiased for the mean over t ~ U[t_min, t_max] of the ELBO integrand: not for the full ELBO, not for log p.

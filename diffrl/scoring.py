@@ -55,7 +55,9 @@ def shared_view_logprobs(model: nn.Module, batch: ScoringBatch, mask_BL: Tensor,
     num_rows, num_tokens = batch.completion_ids_BC.shape
     prompt_NP = batch.prompt_ids_BP[::group_size]
     masked_NC = torch.full_like(batch.completion_ids_BC[::group_size], mask_token_id)
-    select_NL = torch.cat([torch.zeros_like(prompt_NP, dtype=torch.bool), torch.ones_like(masked_NC, dtype=torch.bool)], 1)
+    select_NL = torch.cat(
+        [torch.zeros_like(prompt_NP, dtype=torch.bool), torch.ones_like(masked_NC, dtype=torch.bool)], 1
+    )
     logits_XV = model(torch.cat([prompt_NP, masked_NC], dim=1), mask_BL[::group_size], select_NL).float()
     logits_N1CV = logits_XV.reshape(-1, 1, num_tokens, logits_XV.shape[-1])
     targets_NGC = batch.completion_ids_BC.reshape(-1, group_size, num_tokens)
@@ -76,4 +78,34 @@ def slice_rows(batch: ScoringBatch, start: int, stop: int) -> ScoringBatch:
         completion_ids_BC=batch.completion_ids_BC[start:stop],
         views=views,
         group_size=batch.group_size,
+    )
+
+
+def to_device(batch: ScoringBatch, device: str | torch.device) -> ScoringBatch:
+    return ScoringBatch(
+        prompt_ids_BP=batch.prompt_ids_BP.to(device),
+        prompt_mask_BP=batch.prompt_mask_BP.to(device),
+        completion_ids_BC=batch.completion_ids_BC.to(device),
+        views=tuple(
+            MaskViews(hidden_SBC=v.hidden_SBC.to(device), weight_SBC=v.weight_SBC.to(device)) for v in batch.views
+        ),
+        group_size=batch.group_size,
+    )
+
+
+def concat_batches(batches: list[ScoringBatch]) -> ScoringBatch:
+    """Groups of one step side by side. All have the same widths and number of inner iterations."""
+    first = batches[0]
+    return ScoringBatch(
+        prompt_ids_BP=torch.cat([b.prompt_ids_BP for b in batches]),
+        prompt_mask_BP=torch.cat([b.prompt_mask_BP for b in batches]),
+        completion_ids_BC=torch.cat([b.completion_ids_BC for b in batches]),
+        views=tuple(
+            MaskViews(
+                hidden_SBC=torch.cat([b.views[i].hidden_SBC for b in batches], dim=1),
+                weight_SBC=torch.cat([b.views[i].weight_SBC for b in batches], dim=1),
+            )
+            for i in range(len(first.views))
+        ),
+        group_size=first.group_size,
     )

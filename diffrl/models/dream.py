@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-# Facts of the Qwen2/Dream families that a folder's config.json may leave out.
 MODEL_TYPES = ("dream", "Dream", "qwen2")
 SHARD_BYTES = 4 << 30
 
@@ -112,13 +111,13 @@ def dream_config_dict(config: Qwen2Config, mask_token_id: int) -> dict:
     }
 
 
-def qwen2_config(raw: dict, path: Path) -> Qwen2Config:
+def qwen2_config(raw: dict) -> Qwen2Config:
     """The stock config behind a Dream or Qwen2 config.json. Raises ValueError for another family."""
     model_type = raw.get("model_type", "Dream")
     if model_type not in MODEL_TYPES:
-        raise ValueError(f"model.path: {path} holds a '{model_type}' model; supported: Dream, DiffuCoder, Qwen2")
+        raise ValueError(f"model_type {model_type!r} is not supported; supported: Dream, DiffuCoder, Qwen2")
     if raw.get("rope_scaling") is not None:
-        raise ValueError(f"model.path: {path} sets rope_scaling, which is not supported; set it to null")
+        raise ValueError("rope_scaling is set, which is not supported; set it to null in config.json")
     keys = set(dream_config_dict(Qwen2Config(), 0)) - {"architectures", "model_type", "mask_token_id", "rope_theta"}
     config = Qwen2Config(**{k: v for k, v in raw.items() if k in keys})
     config.rope_parameters = {"rope_type": "default", "rope_theta": float(raw.get("rope_theta", 1e6))}
@@ -150,20 +149,32 @@ def load_model(path: str | Path, *, mask_token_id: int | None = None, dtype: tor
     raw = json.loads((path / "config.json").read_text())
     mask_id = raw.get("mask_token_id", mask_token_id)
     if mask_id is None:
-        raise ValueError(f"model.path: {path}/config.json names no mask_token_id; add it, or use a tokenizer with a mask token")
-    config = qwen2_config(raw, path)
-    state = load_state_dict(path)
+        raise ValueError(
+            f"model.path: {path}/config.json names no mask_token_id; add it, or use a tokenizer with a mask token"
+        )
+    try:
+        model = build_model({**raw, "mask_token_id": int(mask_id)}, load_state_dict(path))
+    except ValueError as error:
+        raise ValueError(f"model.path: {path}: {error}") from None
+    return model.to(dtype) if dtype is not None else model
+
+
+def build_model(hf_config: dict, state: dict[str, Tensor]) -> DreamModel:
+    """A model that takes over the tensors of `state` (Dream's key names). Raises ValueError when they do not fit."""
+    config = qwen2_config(hf_config)
     with torch.device("meta"):
         backbone = Qwen2ForCausalLM(config)
-    if config.tie_word_embeddings:
-        state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
-    missing, unexpected = backbone.load_state_dict(state, strict=False, assign=True)
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
+        state = {"lm_head.weight": state["model.embed_tokens.weight"], **state}
+    try:
+        missing, unexpected = backbone.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"the tensors do not fit config.json: {' '.join(str(error).split())[:300]}") from None
     if missing or unexpected:
-        raise ValueError(f"model.path: {path} does not match its config: missing {missing[:3]}, unexpected {unexpected[:3]}")
+        raise ValueError(f"the tensors do not fit config.json: missing {missing[:3]}, unexpected {unexpected[:3]}")
     backbone.tie_weights()
     restore_rotary(backbone, config)
-    model = DreamModel(backbone, mask_token_id=int(mask_id), hf_config={**raw, "mask_token_id": int(mask_id)})
-    return model.to(dtype) if dtype is not None else model
+    return DreamModel(backbone, mask_token_id=hf_config["mask_token_id"], hf_config=hf_config)
 
 
 def state_dict_for_export(model: DreamModel) -> dict[str, Tensor]:
@@ -218,4 +229,6 @@ def check_bidirectional(model: DreamModel) -> None:
             changed[0, -1] += 1
             delta = (model(row, mask) - model(changed, mask))[0, padding + 1].abs().max()
             if not delta > 0:
-                raise RuntimeError(f"the model does not attend to later tokens (padding {padding}): attention is causal")
+                raise RuntimeError(
+                    f"the model does not attend to later tokens (padding {padding}): attention is causal"
+                )

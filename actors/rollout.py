@@ -1,0 +1,102 @@
+"""The rollout worker: problems in, groups of sampled completions out."""
+
+import numpy as np
+import ray
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from actors.weights import PolicyHolder, Weights
+from diffrl.prompts import chat_ids
+from diffrl.sampler import SamplingParams, sample
+from diffrl.types import Problem, Rollout, RolloutGroup
+
+
+class RolloutWorker:
+    """Samples groups. Every forward pass has the same shape, [group size, max_prompt_tokens + completion_tokens],
+    so a row never sees how the work was spread over workers.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, *, max_prompt_tokens: int, completion_tokens: int, threads: int
+    ):
+        torch.set_num_threads(threads)
+        self.tokenizer = tokenizer
+        self.max_prompt_tokens = max_prompt_tokens
+        self.completion_tokens = completion_tokens
+        self.holder = PolicyHolder("cuda" if torch.cuda.is_available() else "cpu")
+
+    @ray.method
+    def pull(self, weights: Weights) -> int:
+        """Load a version ahead of the work; the returned version is the acknowledgement."""
+        self.holder.at(weights)
+        return weights.version
+
+    @ray.method
+    def generate(
+        self, problem: Problem, ordinal: int, seeds: tuple[int, ...], params: SamplingParams, weights: Weights
+    ) -> RolloutGroup:
+        """One group: len(seeds) completions of `problem` under exactly this version of the policy."""
+        model = self.holder.at(weights)
+        prompt = np.asarray(chat_ids(self.tokenizer, problem), dtype=np.int32)
+        prompt_ids_BP, prompt_mask_BP = pad_prompt(prompt, len(seeds), self.max_prompt_tokens, pad_id(self.tokenizer))
+        result = sample(
+            model,
+            prompt_ids_BP.to(self.holder.device),
+            prompt_mask_BP.to(self.holder.device),
+            num_tokens=self.completion_tokens,
+            params=params,
+            seeds=seeds,
+            vocab_size=len(self.tokenizer),
+        )
+        ids_BC = result.completion_ids_BC.cpu().numpy().astype(np.int32)
+        steps_BC = result.step_map_BC.cpu().numpy().astype(np.int32)
+        ends = {self.tokenizer.eos_token_id, pad_id(self.tokenizer)}
+        rollouts = []
+        for index, seed in enumerate(seeds):
+            num_tokens = length_with_end(ids_BC[index], ends)
+            rollouts.append(
+                Rollout(
+                    sample_index=index,
+                    seed=seed,
+                    completion_ids_C=ids_BC[index],
+                    step_map_C=steps_BC[index],
+                    num_tokens=num_tokens,
+                    text=decode(self.tokenizer, ids_BC[index][:num_tokens], ends),
+                )
+            )
+        return RolloutGroup(
+            problem=problem,
+            ordinal=ordinal,
+            policy_version=weights.version,
+            prompt_ids_P=prompt,
+            rollouts=tuple(rollouts),
+        )
+
+
+def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    assert tokenizer.pad_token_id is not None
+    return int(tokenizer.pad_token_id)
+
+
+def pad_prompt(prompt_P: np.ndarray, rows: int, width: int, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One prompt, padded on the left to `width` and repeated: ids int64 [rows, width], mask bool."""
+    assert len(prompt_P) <= width, "prompts that do not fit are left out before the run starts"
+    ids = torch.full((rows, width), pad, dtype=torch.long)
+    mask = torch.zeros((rows, width), dtype=torch.bool)
+    start = width - len(prompt_P)
+    ids[:, start:] = torch.from_numpy(prompt_P.astype(np.int64))
+    mask[:, start:] = True
+    return ids, mask
+
+
+def length_with_end(ids_C: np.ndarray, ends: set[int | None]) -> int:
+    """Number of tokens up to and including the first end token; the whole window when there is none."""
+    positions = np.flatnonzero(np.isin(ids_C, [e for e in ends if e is not None]))
+    return int(positions[0]) + 1 if len(positions) else len(ids_C)
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, ends: set[int | None]) -> str:
+    body = [int(i) for i in ids if int(i) not in ends]
+    text = tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text

@@ -1,0 +1,99 @@
+"""The actors of a run, started and stopped as one."""
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from transformers import PreTrainedTokenizerFast
+
+from actors.pool import WorkerPool
+from actors.reference import Reference
+from actors.reward import RewardWorker
+from actors.rollout import RolloutWorker
+from actors.weights import WeightStore
+from diffrl.config import RLConfig
+
+STORE_CPUS = 0.1
+
+
+class System:
+    """Rollout workers, reward workers, reference and weight store. The learner group is the driver's own: it has state."""
+
+    def __init__(self, config: RLConfig, tokenizer: PreTrainedTokenizerFast):
+        self.owns_ray = connect(config.ray.address, num_cpus_needed(config))
+        self.store = ray.remote(WeightStore).options(num_cpus=STORE_CPUS, max_restarts=0).remote()
+        rollout, judge, reference = config.rollout, config.judge, config.reference
+        self.rollouts = WorkerPool(
+            spawner(
+                RolloutWorker,
+                {"num_cpus": rollout.cpus_per_worker, "num_gpus": rollout.gpus_per_worker},
+                tokenizer,
+                max_prompt_tokens=config.data.max_prompt_tokens,
+                completion_tokens=config.sampling.completion_tokens,
+                threads=rollout.threads,
+            ),
+            rollout.num_workers,
+        )
+        self.judges = WorkerPool(
+            spawner(RewardWorker, {"num_cpus": judge.cpus_per_worker}, config.sandbox, dict(config.reward.weights)),
+            judge.num_workers,
+        )
+        self.reference = WorkerPool(
+            spawner(
+                Reference,
+                {"num_cpus": reference.cpus, "num_gpus": reference.gpus},
+                threads=reference.threads,
+                attend_padding=config.method.compat == "release",
+            ),
+            1 if config.method.kl_coef > 0 else 0,
+        )
+
+    def pools(self) -> dict[str, WorkerPool]:
+        return {"rollout": self.rollouts, "judge": self.judges, "reference": self.reference}
+
+    def __enter__(self) -> "System":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self.owns_ray:
+            ray.shutdown()
+
+
+def spawner(actor_class: type, options: dict[str, Any], *args: Any, **kwargs: Any) -> Callable[[], Any]:
+    """A function that starts one such actor. Restarts are the pool's business, so Ray itself does none."""
+    remote = ray.remote(actor_class).options(**options, max_restarts=0, max_task_retries=0)
+    return lambda: remote.remote(*args, **kwargs)
+
+
+def num_cpus_needed(config: RLConfig) -> float:
+    return (
+        STORE_CPUS
+        + config.rollout.num_workers * config.rollout.cpus_per_worker
+        + config.judge.num_workers * config.judge.cpus_per_worker
+        + config.reference.cpus
+        + config.learner.num_ranks * config.learner.cpus_per_rank
+    )
+
+
+def connect(address: str | None, num_cpus: float) -> bool:
+    """Join the named cluster, the job's own, or start a local one that offers enough CPU slots. True when started here.
+
+    A process that is already connected stays so: then the caller owns the cluster.
+    """
+    if ray.is_initialized():
+        return False
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, log_to_driver=True)
+        return True
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local",
+        num_cpus=max(math.ceil(num_cpus), os.cpu_count() or 1),
+        include_dashboard=False,
+        log_to_driver=True,
+        logging_level="warning",
+    )
+    return True

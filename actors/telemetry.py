@@ -1,0 +1,80 @@
+"""What a run tells: one line per step on the terminal, metrics.jsonl, the tables of a report."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from actors.evaluate import PassRates
+from diffrl.run_folder import MetricsFile
+
+
+class Telemetry:
+    """Progress goes to stderr; stdout carries the lines that a script may want to read."""
+
+    def __init__(self, folder: Path, num_steps: int, title: str = "rl"):
+        self.folder = folder
+        self.num_steps = num_steps
+        self.metrics = MetricsFile(folder)
+        self.console = Console(stderr=True, highlight=False)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.progress.add_task(title, total=num_steps)
+
+    def __enter__(self) -> "Telemetry":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.progress.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def last_line(self, text: str) -> None:
+        self.progress.stop()
+        print(text, flush=True)
+
+    def step(self, step: int, metrics: Mapping[str, float], times: Mapping[str, float]) -> None:
+        """`times` is what may differ between equal runs: seconds and restarts."""
+        self.metrics.write({"step": step, **metrics, **times})
+        self.progress.update(self.task, completed=step + 1)
+        seconds = sum(v for k, v in times.items() if k.startswith("time/"))
+        self.say(
+            f"step {step + 1:>4}/{self.num_steps}  reward {metrics['reward/mean']:.3f}  "
+            f"solved {100 * metrics['reward/solved_frac']:5.1f}%  loss {metrics['loss/total']:+.4f}  "
+            f"kl {metrics['loss/kl']:.4f}  grad {metrics['optim/grad_norm']:.3f}  {seconds:.1f}s"
+        )
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.metrics.write({"step": step, **metrics})
+        self.say(
+            "  ".join([f"step {step + 1:>4}/{self.num_steps}", *(f"{k} {100 * v:.1f}%" for k, v in metrics.items())])
+        )
+
+    def report(self, when: str, rates: Mapping[str, PassRates]) -> None:
+        """Numbers of a report to the terminal, all counts to report_WHEN.json."""
+        rows = {
+            key: {"num_samples": r.num_samples, "num_correct": r.num_correct, "families": r.families}
+            for key, r in rates.items()
+        }
+        (self.folder / f"report_{when}.json").write_text(json.dumps(rows) + "\n")
+        self.say(f"{when}: " + "  ".join(f"{key} {100 * r.pass_at(1):.1f}%" for key, r in rates.items()))
+
+
+class SupervisedTelemetry(Telemetry):
+    """The same for the supervised stages, whose steps are many and short: a line now and then."""
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.metrics.write({"step": step, **metrics})
+        self.progress.update(self.task, completed=step + 1)
+        if (step + 1) % max(1, self.num_steps // 20) == 0:
+            self.say(f"step {step + 1:>5}/{self.num_steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))

@@ -1,0 +1,385 @@
+"""One strict model per stage. Unknown key = error with a suggestion; defaults = the published recipe (DiffuCoder, arXiv
+2506.20639v2, and the release's files where the paper is silent); a config file says only what differs.
+
+Files are read by `config_file.load_config`.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from diffrl.coupled_grpo import ADVANTAGES, ViewOptions
+from diffrl.errors import one_of, require
+from diffrl.estimators import ESTIMATORS
+from diffrl.rewards import REWARDS
+from diffrl.sampler import SamplingParams
+
+Stage = Literal["pretrain", "midtrain", "sft", "rl"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class TinyModel(Section):
+    """Sizes of the model that starts from random weights when `model.path` is not set."""
+
+    hidden_size: Positive = 128
+    intermediate_size: Positive = 352
+    num_layers: Positive = 4
+    num_heads: Positive = 4
+    num_kv_heads: Positive = 2
+    vocab_size: Positive = 1024
+    max_length: Positive = 1024
+
+    @model_validator(mode="after")
+    def check(self):
+        require(
+            self.hidden_size % self.num_heads == 0,
+            "hidden_size",
+            self.hidden_size,
+            f"be a multiple of num_heads {self.num_heads}",
+        )
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_heads",
+            self.num_heads,
+            f"be a multiple of num_kv_heads {self.num_kv_heads}",
+        )
+        return self
+
+
+class ModelConfig(Section):
+    path: str | None = None  # a Hugging Face folder; without it a tiny model starts from random weights
+    tiny: TinyModel = TinyModel()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class ProblemsConfig(Section):
+    """Where problems come from. `microcode` is generated; the others are files."""
+
+    source: Literal["microcode", "mbpp", "humaneval", "problems"] = "problems"
+    path: str | None = None
+    split: Literal["train", "validation", "held_out"] = "train"  # of microcode
+    limit: Positive | None = None
+    num_prompt_tests: Annotated[int, Field(ge=0, le=1)] = 1  # shown in the prompt and therefore not graded
+
+    @model_validator(mode="after")
+    def check(self):
+        needs_path = self.source != "microcode"
+        require(not needs_path or self.path is not None, "path", self.path, f"name a file for source {self.source}")
+        return self
+
+
+class RLData(ProblemsConfig):
+    max_prompt_tokens: Positive = 200
+
+
+class SamplingConfig(Section):
+    """Denoising of rollouts; Dream's names."""
+
+    algorithm: Literal["origin", "maskgit_plus", "topk_margin", "entropy"] = "entropy"
+    completion_tokens: Positive = 256
+    steps: Positive = 256
+    temperature: Annotated[float, Field(ge=0)] = 1.2
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = 0.95
+    top_k: Positive | None = 50
+    alg_temp: Annotated[float, Field(ge=0)] = 0.0
+
+    def params(self, temperature: float | None = None) -> SamplingParams:
+        return SamplingParams(
+            algorithm=self.algorithm,
+            steps=self.steps,
+            temperature=self.temperature if temperature is None else temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            alg_temp=self.alg_temp,
+        )
+
+
+class MethodConfig(Section):
+    """coupled-GRPO (section 5 of the paper)."""
+
+    estimator: str = "coupled"
+    group_size: Annotated[int, Field(ge=2)] = 10
+    num_iterations: Positive = 2  # mu
+    kl_coef: Annotated[float, Field(ge=0)] = 0.01  # beta
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    clip_high: Annotated[float, Field(gt=0)] = 0.5
+    advantage: str = "group_mean"
+    drop_equal_groups: bool = False
+    num_pairs: Positive = 1  # lambda of eq. 13
+    num_samples: Positive = 2  # of monte_carlo
+    t_min: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    t_max: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    share_t: Literal["row", "group"] = "group"
+    share_masks: bool = False
+    reference_refresh_steps: Positive | None = 64
+    compat: Literal["release"] | None = None  # padding attended, local token count: for parity tests only
+
+    @model_validator(mode="after")
+    def check(self):
+        one_of("estimator", self.estimator, ESTIMATORS)
+        one_of("advantage", self.advantage, ADVANTAGES)
+        require(self.t_min <= self.t_max, "t_min", self.t_min, f"be at most t_max {self.t_max}")
+        return self
+
+    def view_options(self) -> ViewOptions:
+        return ViewOptions(
+            num_pairs=self.num_pairs,
+            num_samples=self.num_samples,
+            t_min=self.t_min,
+            t_max=self.t_max,
+            share_t=self.share_t,
+            share_masks=self.share_masks,
+        )
+
+
+class RewardConfig(Section):
+    weights: Mapping[str, float] = {"pass_rate": 2.0, "format": 0.5}
+    # Control experiment: rewards permuted within each group, so that they say nothing about their completions.
+    shuffle_within_group: bool = False
+
+    @model_validator(mode="after")
+    def check(self):
+        require(bool(self.weights), "weights", dict(self.weights), f"name at least one of {sorted(REWARDS)}")
+        for name in self.weights:
+            one_of("weights", name, REWARDS)
+        return self
+
+
+class OptimConfig(Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.99
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    grad_norm: Annotated[float, Field(gt=0)] = 0.2
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    min_lr_ratio: Fraction = 0.1  # cosine down to this share of lr
+
+
+class RLTrain(Section):
+    steps: Positive | None = None  # None: as many as `epochs` passes over the problems take
+    epochs: Positive = 1
+    prompts_per_step: Positive = 8
+
+
+class RolloutConfig(Section):
+    num_workers: Positive = 1
+    cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    threads: Positive = 1  # of torch, in each worker
+    max_staleness: Annotated[int, Field(ge=0)] = 0  # updates a rollout may lag behind
+
+    @model_validator(mode="after")
+    def check(self):
+        require(
+            self.max_staleness == 0,
+            "max_staleness",
+            self.max_staleness,
+            "be 0: asynchronous rollouts are not available yet",
+        )
+        return self
+
+
+class WorkerConfig(Section):
+    num_workers: Positive = 1
+    cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
+
+
+class ReferenceConfig(Section):
+    cpus: Annotated[float, Field(ge=0)] = 1.0
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    threads: Positive = 1
+
+
+class LearnerConfig(Section):
+    """The DeepSpeed engine group."""
+
+    num_ranks: Positive = 1
+    zero_stage: Literal[0, 1] = 0
+    groups_per_micro_batch: Positive = 1
+    cpus_per_rank: Annotated[float, Field(ge=0)] = 1.0
+    gpus_per_rank: Annotated[float, Field(ge=0)] = 0.0
+    threads: Positive = 1
+
+
+class SandboxConfig(Section):
+    """Where and within which limits programs are judged."""
+
+    backend: Literal["process"] = "process"
+    allow_unisolated: bool = False  # run untrusted programs without bubblewrap; says yes to the danger in so many words
+    cpu_s: Annotated[float, Field(gt=0)] = 2.0
+    wall_s: Annotated[float, Field(gt=0)] = 20.0
+    memory_mb: Positive = 512
+    attempts: Positive = 2  # tries on different workers before a sample counts as not judged
+
+
+class EvalConfig(Section):
+    """Evaluation on held-out problems while RL runs; it chooses the best model, so it is not the reported split."""
+
+    every: Positive | None = None  # steps; None: never
+    problems: ProblemsConfig | None = None
+    num_samples: Positive = 4
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+
+
+class ReportConfig(Section):
+    """Held-out evaluation before and after the run, printed as its last line."""
+
+    problems: ProblemsConfig
+    num_samples: Positive = 8
+    num_train_problems: Positive = 100
+
+
+class StopConfig(Section):
+    patience: Positive | None = None  # evaluations without a better one before the run ends
+
+
+class RayConfig(Section):
+    address: str | None = None  # of a running cluster; None: the job's own, or a new local one
+
+
+class RLConfig(Section):
+    stage: Literal["rl"]
+    run_dir: str = "runs/coupled_grpo"
+    seed: Annotated[int, Field(ge=0)] = 0
+    model: ModelConfig = ModelConfig()
+    data: RLData
+    sampling: SamplingConfig = SamplingConfig()
+    method: MethodConfig = MethodConfig()
+    reward: RewardConfig = RewardConfig()
+    optim: OptimConfig = OptimConfig()
+    train: RLTrain = RLTrain()
+    rollout: RolloutConfig = RolloutConfig()
+    judge: WorkerConfig = WorkerConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    learner: LearnerConfig = LearnerConfig()
+    sandbox: SandboxConfig = SandboxConfig()
+    eval: EvalConfig = EvalConfig()
+    report: ReportConfig | None = None
+    stop: StopConfig = StopConfig()
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def check(self):
+        prompts, ranks = self.train.prompts_per_step, self.learner.num_ranks
+        per_micro = self.learner.groups_per_micro_batch
+        require(
+            prompts % (ranks * per_micro) == 0,
+            "train.prompts_per_step",
+            prompts,
+            f"be a multiple of learner.num_ranks {ranks} x learner.groups_per_micro_batch {per_micro}",
+        )
+        require(
+            self.sampling.steps <= self.sampling.completion_tokens,
+            "sampling.steps",
+            self.sampling.steps,
+            f"be at most sampling.completion_tokens {self.sampling.completion_tokens}: a step reveals at least one token",
+        )
+        require(
+            self.eval.every is None or self.eval.problems is not None,
+            "eval.problems",
+            None,
+            "be set when eval.every is",
+        )
+        require(
+            self.stop.patience is None or self.eval.every is not None,
+            "eval.every",
+            None,
+            "be set when stop.patience is",
+        )
+        if self.method.compat == "release":
+            require(
+                self.method.advantage == "leave_one_out",
+                "method.advantage",
+                self.method.advantage,
+                "be leave_one_out with method.compat release",
+            )
+        return self
+
+
+class SupervisedOptim(Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-5
+    muon_lr: Annotated[float, Field(gt=0)] | None = None  # set: Muon for the blocks' matrices, AdamW for the rest
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    min_lr_ratio: Fraction = 0.1
+
+
+class SupervisedTrain(Section):
+    steps: Positive = 1000
+    batch_size: Positive = 32
+    threads: Positive = 2
+    autocast_bf16: bool = False
+
+
+class CorpusData(Section):
+    """Pre-training text: `microcode` text plus Python's own standard library, or text files (*.txt, *.py, *.jsonl with `text`)."""
+
+    source: Literal["microcode", "text"] = "text"
+    path: str | None = None
+    sequence_length: Positive = 4096
+    max_stdlib_bytes: Annotated[int, Field(ge=0)] = 4_000_000
+
+    @model_validator(mode="after")
+    def check(self):
+        require(
+            self.source == "microcode" or self.path is not None,
+            "path",
+            self.path,
+            "name a file or folder for source text",
+        )
+        return self
+
+
+class SftData(Section):
+    """Instruction tuning: prompts with completions, only the completion is noised."""
+
+    source: Literal["microcode", "jsonl"] = "jsonl"
+    path: str | None = None
+    max_prompt_tokens: Positive = 512
+    completion_tokens: Positive = 1536
+    wrong_frac: Fraction = 0.0  # of microcode: share of rows whose program is wrong, as in real instruction sets
+    broken_format_frac: Fraction = 0.0
+    pad_weight: Fraction = 1.0  # loss weight of the padding that fills the window after the end token
+
+    @model_validator(mode="after")
+    def check(self):
+        require(self.source == "microcode" or self.path is not None, "path", self.path, "name a file for source jsonl")
+        return self
+
+
+class SupervisedConfig(Section):
+    run_dir: str = "runs/supervised"
+    seed: Annotated[int, Field(ge=0)] = 0
+    model: ModelConfig = ModelConfig()
+    optim: SupervisedOptim = SupervisedOptim()
+    train: SupervisedTrain = SupervisedTrain()
+
+
+class PretrainConfig(SupervisedConfig):
+    stage: Literal["pretrain", "midtrain"]
+    data: CorpusData
+
+
+class SftConfig(SupervisedConfig):
+    stage: Literal["sft"]
+    data: SftData
+
+
+AnyConfig = RLConfig | PretrainConfig | SftConfig
+STAGES: Mapping[str, type[RLConfig] | type[PretrainConfig] | type[SftConfig]] = {
+    "pretrain": PretrainConfig,
+    "midtrain": PretrainConfig,
+    "sft": SftConfig,
+    "rl": RLConfig,
+}

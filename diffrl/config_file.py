@@ -1,0 +1,107 @@
+"""From a YAML file and overrides to a checked config, and back. `load_config` is the only way in; every error is a
+ConfigError of one line.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from diffrl.config import STAGES, AnyConfig, Stage
+from diffrl.errors import ConfigError, suggestion
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: PyYAML reads 1e-6 as a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def parse_value(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
+    """Read a YAML config, apply `key.sub=value` overrides, validate. Raises ConfigError."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(
+            f"config: {path} does not exist; give the path of a YAML file, such as configs/quickstart.yaml"
+        )
+    try:
+        raw = parse_value(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: {raw!r} is not a mapping; write `stage: rl` and further keys")
+    for override in overrides:
+        apply_override(raw, override)
+    return validate(raw, str(path))
+
+
+def apply_override(raw: dict, override: str) -> None:
+    key, sep, value = override.partition("=")
+    if not sep or not key:
+        raise ConfigError(f"override: {override!r} is not key=value, such as train.steps=20")
+    *parents, last = key.split(".")
+    node = raw
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override: {override!r}: {parent} is a value, not a section")
+    try:
+        node[last] = parse_value(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override: {override!r}: the value is not valid YAML; quote it") from error
+
+
+def validate(raw: Mapping[str, Any], origin: str) -> AnyConfig:
+    stage = raw.get("stage")
+    if stage not in STAGES:
+        raise ConfigError(f"{origin}: stage: {stage!r} must be one of {', '.join(get_args(Stage))}")
+    try:
+        return STAGES[stage].model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {describe(error, STAGES[stage])}") from error
+
+
+def describe(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first error of a validation, in one line: field, value, way out."""
+    first = error.errors(include_url=False)[0]
+    loc = [str(part) for part in first["loc"]]
+    field = ".".join(loc)
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = fields_at(root, loc[:-1])
+        return f"{field}: unknown key{suggestion(loc[-1], known)}; known: {', '.join(known)}{more}"
+    if first["type"] == "missing":
+        return f"{field}: missing; set it in the file or as an override {field}=...{more}"
+    if first["type"] == "value_error":  # from our own checks: they name field, value and way out themselves
+        own = str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
+        return f"{field}.{own}{more}" if field else f"{own}{more}"
+    return f"{field}: {first['input']!r}: {first['msg']}{more}"
+
+
+def fields_at(root: type[BaseModel], loc: Sequence[str]) -> list[str]:
+    """Names of the keys of the section at `loc`."""
+    model: Any = root
+    for part in loc:
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        if field is None:
+            return []
+        options = [field.annotation, *get_args(field.annotation)]
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    return list(model.model_fields) if model is not None else []
+
+
+def dump_config(config: AnyConfig) -> str:
+    """The resolved config as YAML that `load_config` reads back."""
+    return yaml.safe_dump(TypeAdapter(type(config)).dump_python(config, mode="json"), sort_keys=False)

@@ -1,0 +1,25 @@
+"""What is said to a user whose input cannot be used: one line that names the field, the value and the way out."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """The user's input cannot be used; the message is one line."""
+
+
+def require(ok: bool, field: str, value: Any, way_out: str) -> None:
+    """Cross-field check: `field: value must way_out`."""
+    if not ok:
+        raise ValueError(f"{field}: {value!r} must {way_out}")
+
+
+def one_of(field: str, name: str, known: Mapping[str, Any]) -> None:
+    if name not in known:
+        raise ValueError(f"{field}: {name!r} is unknown{suggestion(name, known)}; known: {', '.join(sorted(known))}")
+
+
+def suggestion(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""

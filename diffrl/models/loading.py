@@ -1,0 +1,57 @@
+"""From a config's `model` section to a model and its tokenizer. Local files only, safetensors only, never remote code."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from diffrl.config import ModelConfig
+from diffrl.data.corpus import microcode_text
+from diffrl.models.dream import DreamModel, check_bidirectional, load_model
+from diffrl.models.tiny import load_tokenizer, tiny_model, train_tokenizer
+from diffrl.seeds import derive_seed
+
+
+def load_policy_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer of `model.path`, or one trained on the spot on microcode text. Raises ValueError."""
+    if config.path is None:
+        return train_tokenizer([microcode_text()], config.tiny.vocab_size)
+    if not Path(config.path).is_dir():
+        raise ValueError(f"model.path: {config.path} is not a folder; give a local Hugging Face folder or leave it out")
+    tokenizer = load_tokenizer(config.path)
+    for name, token_id in (("mask", tokenizer.mask_token_id), ("eos", tokenizer.eos_token_id)):
+        if token_id is None:
+            raise ValueError(
+                f"model.path: the tokenizer of {config.path} has no {name} token; add `{name}_token` to its "
+                "tokenizer_config.json"
+            )
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"model.path: the tokenizer of {config.path} has no pad token; add `pad_token`")
+    return tokenizer
+
+
+def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> DreamModel:
+    """The model of `model.path`, or a tiny one with random weights drawn from `seed`. Raises ValueError."""
+    dtype = getattr(torch, config.dtype)
+    if config.path is not None:
+        assert tokenizer.mask_token_id is not None
+        model = load_model(config.path, mask_token_id=int(tokenizer.mask_token_id), dtype=dtype)
+        if model.vocab_size < len(tokenizer):
+            raise ValueError(
+                f"model.path: {config.path} has {model.vocab_size} embeddings for a tokenizer of {len(tokenizer)} tokens"
+            )
+    else:
+        tiny = config.tiny
+        generator = torch.Generator().manual_seed(derive_seed(seed, "weights"))
+        model = tiny_model(
+            tokenizer,
+            generator=generator,
+            hidden_size=tiny.hidden_size,
+            intermediate_size=tiny.intermediate_size,
+            num_layers=tiny.num_layers,
+            num_heads=tiny.num_heads,
+            num_kv_heads=tiny.num_kv_heads,
+            max_positions=tiny.max_length,
+        ).to(dtype)
+    check_bidirectional(model)
+    return model

@@ -1,0 +1,133 @@
+"""The record of every rollout: one Parquet file per step, `step_000012.parquet`, one row per rollout.
+
+The folder is the `rollouts/` folder of a run. Rows stand in the order of the step's batch (groups by ordinal,
+siblings adjacent). A file appears whole or not at all, and writing a step again (after a resume) replaces it.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffrl.prompts import build_prompt
+from diffrl.types import Judgement, Rollout, RolloutGroup, ScoredGroup
+
+SCHEMA_VERSION = 1  # raise it with every change of a column
+_VERSION_KEY = b"diffrl.rollout_store.version"
+_FILE_NAME = re.compile(r"step_(\d{6,})\.parquet")
+
+# "element" is Parquet's own name for the items of a list: with it a file comes back with exactly this schema
+_INT32S = pa.list_(pa.field("element", pa.int32()))
+_STRINGS = pa.list_(pa.field("element", pa.string()))
+
+SCHEMA = pa.schema(
+    [
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("ordinal", pa.int64(), nullable=False),  # place of the prompt in the run's stream
+        pa.field("sample_index", pa.int32(), nullable=False),
+        pa.field("problem_id", pa.string(), nullable=False),
+        pa.field("family", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),  # the user message, shown tests included
+        pa.field("completion", pa.string(), nullable=False),
+        pa.field("completion_ids", _INT32S, nullable=False),  # the whole window
+        pa.field("num_tokens", pa.int32(), nullable=False),  # up to and including the first end token
+        pa.field("step_map", _INT32S, nullable=False),  # denoising step of each position
+        pa.field("statuses", _STRINGS),  # null: the judge failed
+        pa.field("reward", pa.float64(), nullable=False),  # meaningless when not valid
+        pa.field("format", pa.float64(), nullable=False),
+        pa.field("pass_rate", pa.float64(), nullable=False),
+        pa.field("advantage", pa.float32(), nullable=False),
+        pa.field("valid", pa.bool_(), nullable=False),
+        pa.field("seed", pa.uint64(), nullable=False),
+        pa.field("policy_version", pa.int64(), nullable=False),
+        pa.field("cpu_s", pa.float64(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+    ],
+    metadata={_VERSION_KEY: str(SCHEMA_VERSION).encode()},
+)
+
+
+def write_step(folder: str | Path, step: int, scored_groups: Sequence[ScoredGroup], advantages: npt.ArrayLike) -> Path:
+    """Write one step and return its file. `advantages` is flat [B]: one per rollout, in the groups' order."""
+    advantage_B = np.asarray(advantages, dtype=np.float32)
+    num_rollouts = sum(len(scored.group.rollouts) for scored in scored_groups)
+    assert step >= 0 and advantage_B.shape == (num_rollouts,), (step, advantage_B.shape, num_rollouts)
+    samples = [
+        (scored.group, rollout, judgement)
+        for scored in scored_groups
+        for rollout, judgement in zip(scored.group.rollouts, scored.judgements, strict=True)
+    ]
+    rows = [
+        _row(step, group, rollout, judgement, float(advantage))
+        for (group, rollout, judgement), advantage in zip(samples, advantage_B, strict=True)
+    ]
+    path = Path(folder) / f"step_{step:06d}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # same folder: a rename is atomic only there
+    try:
+        with partial.open("wb") as file:
+            pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def read_step(path: str | Path) -> pa.Table:
+    """One step's rows. ValueError for a file that is missing, damaged or of another schema version."""
+    try:
+        with pq.ParquetFile(path) as file:
+            found = (file.schema_arrow.metadata or {}).get(_VERSION_KEY)
+            if found is not None and found == str(SCHEMA_VERSION).encode():
+                return file.read()
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} cannot be read as Parquet ({reason}): remove it or restore it") from None
+    version = "no rollout schema version" if found is None else f"rollout schema version {found.decode()}"
+    raise ValueError(f"{path} has {version}, this diffrl reads {SCHEMA_VERSION}: use the diffrl that wrote it")
+
+
+def read_all(folder: str | Path) -> pa.Table:
+    """All steps of a folder in their order, no rows before the first; ValueError for a missing folder."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"rollouts: no folder at {folder}: give the rollouts/ folder of a run")
+    matches = ((_FILE_NAME.fullmatch(path.name), path) for path in Path(folder).iterdir())
+    steps = sorted((int(match[1]), path) for match, path in matches if match)  # as numbers: a millionth step sorts last
+    return pa.concat_tables([SCHEMA.empty_table(), *(read_step(path) for _, path in steps)])
+
+
+def _row(step: int, group: RolloutGroup, rollout: Rollout, judgement: Judgement, advantage: float) -> dict:
+    return {
+        "step": step,
+        "ordinal": group.ordinal,
+        "sample_index": rollout.sample_index,
+        "problem_id": group.problem.id,
+        "family": group.problem.family,
+        "prompt": _utf8(build_prompt(group.problem)),
+        "completion": _utf8(rollout.text),
+        "completion_ids": rollout.completion_ids_C,
+        "num_tokens": rollout.num_tokens,
+        "step_map": rollout.step_map_C,
+        "statuses": None if judgement.statuses is None else list(judgement.statuses),
+        "reward": judgement.reward,
+        "format": judgement.format,
+        "pass_rate": judgement.pass_rate,
+        "advantage": advantage,
+        "valid": judgement.valid,
+        "seed": rollout.seed,
+        "policy_version": group.policy_version,
+        "cpu_s": judgement.cpu_s,
+        "detail": _utf8(judgement.detail),
+    }
+
+
+def _utf8(text: str) -> str:
+    """Lone surrogates, which a program can put into an error message, are written as \\udXXX."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
