@@ -134,6 +134,7 @@ class Run:
         self.telemetry = telemetry
         self.pipeline = Pipeline(system.rollouts, system.judges, judge_attempts=self.config.sandbox.attempts)
         self.learner = Learner(self.config, prepared.tokenizer, prepared.num_steps)
+        system.wait_ready()
         self.weights = self.learner.publish(system.store, ())
         self.reference = self.weights
         self.buffer = GroupBuffer(self.config.train.prompts_per_step * (self.config.rollout.max_staleness + 1))
@@ -158,15 +159,17 @@ class Run:
                 )
                 break
         self.export("model")
-        if before is not None:
-            self.telemetry.last_line(self.evaluator.summary(before, self.report("after")))
+        summary = None if before is None else self.evaluator.summary(before, self.report("after"))
+        self.learner.close()
+        if summary is not None:
+            self.telemetry.last_line(summary)
 
     def step(self, step: int) -> None:
         """One iteration of the algorithm box: sample, judge and score, learn, publish."""
         clock = Clock()
         scored, scoring, ref_logprobs = self.rollouts()
         clock.mark("time/rollouts")
-        batch, metrics, rewards = self.train_batch(scored, scoring, ref_logprobs)
+        batch, metrics = self.train_batch(scored, scoring, ref_logprobs)
         result = self.learner.update(ray.put(batch))
         clock.mark("time/learner")
         self.publish(result.version, step)
@@ -235,7 +238,7 @@ class Run:
 
     def train_batch(
         self, scored: list[ScoredGroup], scoring: list[ScoringBatch], ref_logprobs: list[torch.Tensor]
-    ) -> tuple[TrainBatch, dict[str, float], torch.Tensor]:
+    ) -> tuple[TrainBatch, dict[str, float]]:
         """Rewards -> advantages and loss mask. Samples that were not judged get loss mask 0; shapes never change."""
         method, group_size = self.config.method, self.config.method.group_size
         judgements = [j for s in scored for j in s.judgements]
@@ -255,7 +258,7 @@ class Run:
             ref_logprobs_IBC=torch.cat(ref_logprobs, dim=1) if ref_logprobs else None,
             num_loss_tokens=max(int(loss_mask_BC.sum()), 1),
         )
-        return batch, rollout_metrics(scored, rewards_B, valid_B, num_tokens_B, group_size), rewards_B
+        return batch, rollout_metrics(scored, rewards_B, valid_B, num_tokens_B, group_size)
 
     def publish(self, version: int, step: int) -> None:
         """New weights to everybody who samples; every `reference_refresh_steps` they become the reference too."""

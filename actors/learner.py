@@ -48,8 +48,6 @@ class LearnerRank:
     @ray.method
     def start(self, address: str, port: int) -> None:
         """Join the process group and build the engine."""
-        import deepspeed  # slow, and only this actor needs it
-
         world = self.config.learner.num_ranks
         os.environ |= {
             "RANK": str(self.rank),
@@ -60,6 +58,9 @@ class LearnerRank:
         }
         if self.device == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed  # only here: it looks at the environment, and takes seconds
+
+        if self.device == "cpu":
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles for minutes
         deepspeed.init_distributed("nccl" if self.device == "cuda" else "gloo", auto_mpi_discovery=False)
         optim = self.config.optim
@@ -90,6 +91,7 @@ class LearnerRank:
         micros = list(self.micro_batches(batch))
         old_IM = [[self.scores(micro.scoring, i) for micro in micros] for i in range(1, len(batch.scoring.views))]
         metrics: dict[str, float] = {}
+        lr = grad_norm = 0.0
         for i in range(len(batch.scoring.views)):
             lr = cosine_lr(
                 self.num_updates,
@@ -105,13 +107,19 @@ class LearnerRank:
                 old_BC = old_IM[i - 1][number] if i else None
                 for key, value in self.backward(micro, i, old_BC, num_micros=len(micros)).items():
                     sums[key] = sums.get(key, 0.0) + value
+                if self.config.learner.zero_stage == 0 and number == len(micros) - 1:
+                    # Averaged over ranks by now, and not clipped yet; ZeRO reports the same norm itself.
+                    grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+                    grad_norm = float(torch.nn.utils.get_total_norm(grads))
                 self.engine.step()
+            if self.config.learner.zero_stage > 0:
+                grad_norm = float(self.engine.get_global_grad_norm())
             self.num_updates += 1
             for key, value in sums.items():
                 metrics[key] = metrics.get(key, 0.0) + value / len(batch.scoring.views)
             if i == 0:
                 metrics |= {"first/ratio_mean": sums["loss/ratio_mean"], "first/kl": sums["loss/kl"]}
-        metrics |= {"optim/grad_norm": float(self.engine.get_global_grad_norm() or 0.0), "optim/lr": lr}
+        metrics |= {"optim/grad_norm": grad_norm, "optim/lr": lr}
         self.version += 1
         return UpdateResult(version=self.version, metrics=metrics)
 
@@ -209,3 +217,7 @@ class Learner:
 
     def publish(self, store, pinned: tuple[int, ...]) -> Weights:
         return ray.get(self.ranks[0].publish.remote(store, pinned))
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            ray.kill(rank)

@@ -40,9 +40,13 @@ class WorkerPool:
         self.make_worker = make_worker
         self.workers = [make_worker() for _ in range(size)]
         self.waiting: deque[Call] = deque()
-        self.running: dict[ray.ObjectRef, tuple[Call, int]] = {}
+        self.running: dict[ray.ObjectRef, tuple[Call, int, Any]] = {}  # call, slot, worker
         self.deaths = 0  # in a row
         self.num_restarts = 0
+
+    def wait_ready(self) -> None:
+        """Until every worker's constructor has run; what one of them raised is raised here."""
+        ray.get([worker.__ray_ready__.remote() for worker in self.workers])
 
     def submit(self, key: Hashable, method: str, *args: Any, avoid: int | None = None) -> None:
         self.waiting.append(Call(key, method, args, avoid))
@@ -50,7 +54,7 @@ class WorkerPool:
 
     def dispatch(self) -> None:
         load = [0] * len(self.workers)
-        for _, slot in self.running.values():
+        for _, slot, _ in self.running.values():
             load[slot] += 1
         for _ in range(len(self.waiting)):
             call = self.waiting.popleft()
@@ -60,16 +64,16 @@ class WorkerPool:
                 self.waiting.append(call)
                 continue
             ref = getattr(self.workers[slot], call.method).remote(*call.args)
-            self.running[ref] = (call, slot)
+            self.running[ref] = (call, slot, self.workers[slot])
             load[slot] += 1
 
     def finish(self, ref: ray.ObjectRef) -> tuple[Call, int, Any] | None:
         """The call, slot and value of a ready reference; None when its worker died and the call was queued again."""
-        call, slot = self.running.pop(ref)
+        call, slot, worker = self.running.pop(ref)
         try:
             value = ray.get(ref)
         except (RayActorError, ObjectLostError) as error:  # the one failure that is expected here: a worker is gone
-            self.replace(slot, error)
+            self.replace(slot, worker, error)
             self.waiting.appendleft(call)
             self.dispatch()
             return None
@@ -77,29 +81,32 @@ class WorkerPool:
         self.dispatch()
         return call, slot, value
 
-    def replace(self, slot: int, error: Exception) -> None:
-        """A new worker in the place of a dead one, unless another call's failure has already brought it."""
+    def replace(self, slot: int, dead: Any, error: Exception) -> None:
+        """A new worker in the place of a dead one, unless the failure of another of its calls has already brought it."""
+        if self.workers[slot] is not dead:
+            return
         self.deaths += 1
         if self.deaths > MAX_DEATHS * len(self.workers):
             raise WorkersKeepDyingError(f"workers keep dying, the last one with: {error}") from error
-        worker = self.workers[slot]
-        try:
-            ray.get(worker.__ray_ready__.remote(), timeout=1)
-        except Exception:  # dead or hanging: either way it goes
+        ray.kill(dead)
+        self.workers[slot] = self.make_worker()
+        self.num_restarts += 1
+
+    def close(self) -> None:
+        for worker in self.workers:
             ray.kill(worker)
-            self.workers[slot] = self.make_worker()
-            self.num_restarts += 1
 
     def broadcast(self, method: str, *args: Any) -> list[Any]:
         """Call every worker once; a dead one is replaced and asked again."""
         results = []
         for slot in range(len(self.workers)):
             while True:
+                worker = self.workers[slot]
                 try:
-                    results.append(ray.get(getattr(self.workers[slot], method).remote(*args)))
+                    results.append(ray.get(getattr(worker, method).remote(*args)))
                     break
                 except RayActorError as error:
-                    self.replace(slot, error)
+                    self.replace(slot, worker, error)
         return results
 
 

@@ -53,10 +53,17 @@ class System:
     def pools(self) -> dict[str, WorkerPool]:
         return {"rollout": self.rollouts, "judge": self.judges, "reference": self.reference}
 
+    def wait_ready(self) -> None:
+        for pool in self.pools().values():
+            pool.wait_ready()
+
     def __enter__(self) -> "System":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        for pool in self.pools().values():
+            pool.close()
+        ray.kill(self.store)
         if self.owns_ray:
             ray.shutdown()
 
@@ -94,6 +101,6 @@ def connect(address: str | None, num_cpus: float) -> bool:
         num_cpus=max(math.ceil(num_cpus), os.cpu_count() or 1),
         include_dashboard=False,
         log_to_driver=True,
-        logging_level="warning",
+        logging_level="error",
     )
     return True

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from diffrl.coupled_grpo import ADVANTAGES, ViewOptions
 from diffrl.errors import one_of, require
-from diffrl.estimators import ESTIMATORS
+from diffrl.estimators import ESTIMATORS, draw_views
 from diffrl.rewards import REWARDS
 from diffrl.sampler import SamplingParams
 
@@ -19,7 +19,7 @@ Stage = Literal["pretrain", "midtrain", "sft", "rl"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 Positive = Annotated[int, Field(ge=1)]
@@ -106,7 +106,7 @@ class MethodConfig(Section):
     """coupled-GRPO (section 5 of the paper)."""
 
     estimator: str = "coupled"
-    group_size: Annotated[int, Field(ge=2)] = 10
+    group_size: Positive = 10
     num_iterations: Positive = 2  # mu
     kl_coef: Annotated[float, Field(ge=0)] = 0.01  # beta
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -124,9 +124,23 @@ class MethodConfig(Section):
 
     @model_validator(mode="after")
     def check(self):
+        require(
+            self.group_size >= 2,
+            "group_size",
+            self.group_size,
+            "be 2 or more: a completion's baseline is the mean reward of its group, so one alone always has advantage 0",
+        )
         one_of("estimator", self.estimator, ESTIMATORS)
         one_of("advantage", self.advantage, ADVANTAGES)
         require(self.t_min <= self.t_max, "t_min", self.t_min, f"be at most t_max {self.t_max}")
+        # An estimator refuses options that it cannot work with here, not in the middle of a run.
+        draw_views(
+            ESTIMATORS[self.estimator],
+            seeds=[0],
+            group_size=self.group_size,
+            num_tokens=1,
+            options=self.view_options(),
+        )
         return self
 
     def view_options(self) -> ViewOptions:

@@ -38,7 +38,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
         )
     try:
         raw = parse_value(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: {raw!r} is not a mapping; write `stage: rl` and further keys")
@@ -65,7 +65,7 @@ def apply_override(raw: dict, override: str) -> None:
 
 def validate(raw: Mapping[str, Any], origin: str) -> AnyConfig:
     stage = raw.get("stage")
-    if stage not in STAGES:
+    if not isinstance(stage, str) or stage not in STAGES:
         raise ConfigError(f"{origin}: stage: {stage!r} must be one of {', '.join(get_args(Stage))}")
     try:
         return STAGES[stage].model_validate(raw)
@@ -87,7 +87,10 @@ def describe(error: ValidationError, root: type[BaseModel]) -> str:
     if first["type"] == "value_error":  # from our own checks: they name field, value and way out themselves
         own = str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
         return f"{field}.{own}{more}" if field else f"{own}{more}"
-    return f"{field}: {first['input']!r}: {first['msg']}{more}"
+    if first["type"] in ("model_type", "dict_type", "mapping_type"):
+        known = fields_at(root, loc) or ["NAME"]
+        return f"{field}: {first['input']!r} must be a section; set its keys, such as {field}.{known[0]}=...{more}"
+    return f"{field}: {first['input']!r} {first['msg'].replace('Input should be', 'must be')}{more}"
 
 
 def fields_at(root: type[BaseModel], loc: Sequence[str]) -> list[str]:

@@ -124,14 +124,14 @@ def coupled_grpo_loss(
     loss (and metrics) of the step. Gradient flows through `logprobs_BC` alone.
     """
     mask_BC = loss_mask_BC.float()
-    advantages_B1 = advantages_B[:, None]
-    ratio_BC = torch.exp(logprobs_BC - old_logprobs_BC)
+    advantages_B1 = advantages_B.detach()[:, None]
+    ratio_BC = torch.exp(logprobs_BC - old_logprobs_BC.detach())
     clipped_BC = ratio_BC.clamp(1 - clip_low, 1 + clip_high)
     policy_BC = -torch.minimum(ratio_BC * advantages_B1, clipped_BC * advantages_B1)
     if ref_logprobs_BC is None:
         kl_BC = torch.zeros_like(policy_BC)
     else:  # k3 of Schulman, "Approximating KL divergence" (2020): exp(d) - d - 1 with d = ref - new
-        delta_BC = ref_logprobs_BC - logprobs_BC
+        delta_BC = ref_logprobs_BC.detach() - logprobs_BC
         kl_BC = torch.exp(delta_BC) - delta_BC - 1
 
     def mean(x_BC: Tensor) -> Tensor:

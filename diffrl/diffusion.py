@@ -24,7 +24,7 @@ class NoisedBatch:
 
 
 def draw_mask_ratios(num_rows: int, generator: torch.Generator, *, t_min: float = 1e-3) -> Tensor:
-    """t_B, each uniform on (t_min, 1]; spread evenly over the batch (one offset for all rows), which lowers the variance."""
+    """t_B, each uniform on (t_min, 1], spread evenly over the batch by one common offset, which lowers the variance."""
     offset = torch.rand(1, generator=generator)
     order_B = torch.randperm(num_rows, generator=generator)
     u_B = (offset + order_B / num_rows) % 1.0

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from diffrl.coupled_grpo import ViewOptions, coupled_views, draw_hidden, draw_t
+from diffrl.errors import require
 from diffrl.types import MaskViews
 
 EstimatorFn = Callable[[torch.Generator, int, int, ViewOptions], MaskViews]
@@ -23,11 +24,12 @@ def coupled_normalized_views(
 
     The pair is unbiased for the mean over t ~ U[t_min, t_max] of the ELBO integrand: not for the full ELBO, not for log p.
     """
-    if abs(options.t_min + options.t_max - 1) > 1e-6:
-        raise ValueError(
-            f"method.t_min {options.t_min} and method.t_max {options.t_max} are not symmetric about 1/2, so the complement "
-            "of a view has another distribution of t than the view: choose t_min = 1 - t_max"
-        )
+    require(
+        abs(options.t_min + options.t_max - 1) <= 1e-6,
+        "t_min",
+        options.t_min,
+        f"be 1 - t_max {options.t_max} for coupled_normalized: else a view and its complement differ in their distribution of t",
+    )
     views = coupled_views(generator, group_size, num_tokens, options)
     scale = torch.full_like(views.weight_SBC, 0.5)
     scale[0] = 1.0

@@ -19,9 +19,9 @@ def create_run_folder(config: AnyConfig) -> Path:
     """Make `config.run_dir` and write config.yaml and run.json. Raises ConfigError for a folder we must not touch."""
     path = Path(config.run_dir)
     check_run_folder(path)
-    if path.exists():
+    if path.exists() and any(path.iterdir()):
         move_aside(path)
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
     (path / "config.yaml").write_text(dump_config(config))
     run = {"schema_version": SCHEMA_VERSION, "version": version("diffrl"), "git_commit": git_commit(), "attempt": 1}
     (path / "run.json").write_text(json.dumps(run, indent=2) + "\n")
@@ -34,11 +34,14 @@ def check_run_folder(path: Path) -> None:
         return
     if not (path / "run.json").is_file():
         raise ConfigError(f"run_dir: {path} exists and is not the folder of a run; choose another run_dir")
-    schema = json.loads((path / "run.json").read_text()).get("schema_version")
+    try:
+        schema = json.loads((path / "run.json").read_text())["schema_version"]
+    except (ValueError, KeyError, TypeError):  # cut off by a crash, or written by something else
+        schema = None
     if schema != SCHEMA_VERSION:
         raise ConfigError(
             f"run_dir: {path}/run.json has schema_version {schema!r}, this version of diffrl knows {SCHEMA_VERSION}; "
-            "choose another run_dir, or use the version of diffrl that run.json names"
+            "choose another run_dir, move the folder away, or use the version of diffrl that run.json names"
         )
 
 

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
 
 # Elements of [n, V] that are filtered at a time, which bounds the temporaries.
-CHUNK_ELEMENTS = 1 << 18
+CHUNK_ELEMENTS = 1 << 20
 # Sorted candidates looked at beyond top_k, for ties with the k-th; and for a nucleus without top_k. Rows that
 # need more are done again with the whole vocabulary, so neither number changes a result.
 TIE_ROOM = 8

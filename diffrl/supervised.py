@@ -30,8 +30,10 @@ Metrics = dict[str, float]
 class SupervisedRows:
     """Rows ready to be noised.
 
-    SupervisedRows(ids_NL=tensor([[0, 7, 5, 9, 1, 0]]), attention_mask_NL=tensor([[False, True, True, True, True, True]]),
-                   maskable_NL=tensor([[False, False, False, True, True, True]]), loss_weight_NL=tensor([[0, 0, 0, 1, 1, .1]]))
+    SupervisedRows(ids_NL=tensor([[0, 7, 5, 9, 1, 0]]),  # padding, prompt of 2, completion of 2 with its end, padding
+                   attention_mask_NL=tensor([[False, True, True, True, True, True]]),
+                   maskable_NL=tensor([[False, False, False, True, True, True]]),
+                   loss_weight_NL=tensor([[0.0, 0.0, 0.0, 1.0, 1.0, 0.5]]))
     """
 
     ids_NL: Tensor  # int64
@@ -104,8 +106,8 @@ def instruction_rows(
     for row, (prompt, completion) in enumerate(pairs):
         if len(prompt) > prompt_length or len(completion) + 1 > completion_length:
             raise ValueError(
-                f"row {row}: prompt of {len(prompt)} and completion of {len(completion)} tokens and its end token do not fit "
-                f"into prompt_length {prompt_length} and completion_length {completion_length}"
+                f"row {row}: {len(prompt)} prompt tokens and {len(completion)} completion tokens with their end token "
+                f"do not fit into prompt_length {prompt_length} and completion_length {completion_length}"
             )
         start, end = prompt_length - len(prompt), prompt_length + len(completion)
         ids_NL[row, start : end + 1] = torch.tensor([*prompt, *completion, end_token_id])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -53,6 +54,16 @@ class DreamModel(nn.Module):
     @property
     def vocab_size(self) -> int:
         return int(self.config.vocab_size)
+
+    def _apply(self, fn, recurse=True):
+        """Casts leave the rotary frequencies in float32: rounded to bfloat16, angles at position 256 are off by up to
+        half a radian, and the learner would see another model than the workers that rebuild it from its tensors."""
+        rotary = self.backbone.model.rotary_emb
+        exact = dict(rotary.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            setattr(rotary, name, buffer.to(getattr(rotary, name).device))
+        return self
 
     def forward(self, ids_BL: Tensor, attention_mask_BL: Tensor, select_BL: Tensor | None = None) -> Tensor:
         """Logits about the tokens AT the given positions (the shift is already undone).
@@ -116,25 +127,33 @@ def qwen2_config(raw: dict) -> Qwen2Config:
     model_type = raw.get("model_type", "Dream")
     if model_type not in MODEL_TYPES:
         raise ValueError(f"model_type {model_type!r} is not supported; supported: Dream, DiffuCoder, Qwen2")
-    if raw.get("rope_scaling") is not None:
+    rope = raw.get("rope_parameters") or {}  # where transformers 5 writes rope_theta
+    if raw.get("rope_scaling") is not None or rope.get("rope_type", "default") != "default":
         raise ValueError("rope_scaling is set, which is not supported; set it to null in config.json")
+    theta = raw.get("rope_theta", rope.get("rope_theta", 10000.0))
     keys = set(dream_config_dict(Qwen2Config(), 0)) - {"architectures", "model_type", "mask_token_id", "rope_theta"}
     config = Qwen2Config(**{k: v for k, v in raw.items() if k in keys})
-    config.rope_parameters = {"rope_type": "default", "rope_theta": float(raw.get("rope_theta", 1e6))}
+    config.rope_parameters = {"rope_type": "default", "rope_theta": float(theta)}
     config._attn_implementation = "sdpa"  # eager with a boolean 4D mask is silently wrong
     return config
 
 
 def load_state_dict(path: Path) -> dict[str, Tensor]:
-    """All tensors of a Hugging Face folder; safetensors only, never a pickle."""
+    """All tensors of a Hugging Face folder; safetensors only, never a pickle. Raises ValueError for a missing file."""
     index = path / "model.safetensors.index.json"
     if index.exists():
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     elif (path / "model.safetensors").exists():
         files = ["model.safetensors"]
     else:
-        raise ValueError(f"model.path: {path} holds no model.safetensors; convert the weights to safetensors first")
-    return {k: v for name in files for k, v in load_file(path / name).items()}
+        raise ValueError("no model.safetensors in the folder; convert the weights to safetensors first")
+    lacking = [name for name in files if not (path / name).exists()]
+    if lacking:
+        raise ValueError(f"no {lacking[0]} in the folder, which {index.name} names; download it")
+    try:
+        return {k: v for name in files for k, v in load_file(path / name).items()}
+    except SafetensorError as error:  # a download that was cut off
+        raise ValueError(f"a safetensors file cannot be read ({error}); download it again") from None
 
 
 def load_model(path: str | Path, *, mask_token_id: int | None = None, dtype: torch.dtype | None = None) -> DreamModel:
@@ -147,7 +166,7 @@ def load_model(path: str | Path, *, mask_token_id: int | None = None, dtype: tor
     if not (path / "config.json").exists():
         raise ValueError(f"model.path: {path} holds no config.json; give a Hugging Face model folder")
     raw = json.loads((path / "config.json").read_text())
-    mask_id = raw.get("mask_token_id", mask_token_id)
+    mask_id = mask_token_id if raw.get("mask_token_id") is None else raw["mask_token_id"]
     if mask_id is None:
         raise ValueError(
             f"model.path: {path}/config.json names no mask_token_id; add it, or use a tokenizer with a mask token"
@@ -189,6 +208,8 @@ def save_model(model: DreamModel, path: str | Path, state: dict[str, Tensor] | N
     """Write a Hugging Face folder (config.json + safetensors, sharded above 4 GiB) that `load_model` round-trips bit for bit."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
+    for stale in path.glob("model*.safetensors*"):  # of an earlier save: an old index would win over a new single file
+        stale.unlink()
     state = state_dict_for_export(model) if state is None else state
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     (path / "config.json").write_text(json.dumps({**model.hf_config, "torch_dtype": dtype}, indent=2) + "\n")

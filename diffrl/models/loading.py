@@ -18,7 +18,10 @@ def load_policy_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
         return train_tokenizer([microcode_text()], config.tiny.vocab_size)
     if not Path(config.path).is_dir():
         raise ValueError(f"model.path: {config.path} is not a folder; give a local Hugging Face folder or leave it out")
-    tokenizer = load_tokenizer(config.path)
+    try:
+        tokenizer = load_tokenizer(config.path)
+    except (OSError, ValueError) as error:  # transformers answers in several lines, none of which names the folder
+        raise ValueError(f"model.path: {config.path} holds no tokenizer that can be read; add its tokenizer.json") from error
     for name, token_id in (("mask", tokenizer.mask_token_id), ("eos", tokenizer.eos_token_id)):
         if token_id is None:
             raise ValueError(

@@ -1,0 +1,50 @@
+# Every target does its own set-up. `make venv` installs the pinned packages; on Debian as root the system packages too.
+# TORCH_INDEX: where pip finds a CPU build of torch, if the default index would bring a CUDA build.
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+export RAY_USAGE_STATS_ENABLED ?= 0
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: venv system quickstart quickstart-seeds test test-slow lint clean
+
+venv: $(STAMP)
+
+$(STAMP): constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"diffrl needs Python 3.11 or newer, this is {sys.version}: set PYTHON=..."'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip check
+	touch $@
+
+# bubblewrap isolates untrusted programs. Installed here where that needs no question; elsewhere diffrl names the command.
+system:
+	@command -v bwrap >/dev/null || { [ "$$(id -u)" = 0 ] && [ -f /etc/debian_version ] && \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq bubblewrap >/dev/null; } || \
+		echo 'bubblewrap is missing: install it (Debian: apt-get install bubblewrap)' >&2
+
+quickstart: venv system
+	$(BIN)/diffrl train configs/quickstart_pretrain.yaml
+	$(BIN)/diffrl train configs/quickstart_sft.yaml
+	$(BIN)/diffrl train configs/quickstart.yaml model.path=runs/quickstart_sft/model
+
+quickstart-seeds: venv system
+	$(BIN)/python -m tests.benchmarks.quickstart_seeds
+
+lint: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+test: lint system
+	$(BIN)/python -m pytest -m 'not slow' --durations=25
+
+test-slow: venv system
+	$(BIN)/python -m pytest -m slow --durations=25
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info

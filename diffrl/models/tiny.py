@@ -1,0 +1,100 @@
+"""A Dream-type model small enough for a CPU, and a tokenizer trained on the spot: the quickstart needs no download.
+
+The architecture is the one of the 7B models (a Qwen2 backbone, bidirectional, shifted), only narrow and shallow, so
+every line of the pipeline runs as it would there. Text is byte-level BPE; numbers are tokens of one or two digits.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config
+
+from diffrl.models.dream import DreamModel
+
+MASK, END, PAD = "<|mask|>", "<|im_end|>", "<|dlm_pad|>"
+# Header and role are one token each, so a chat costs three tokens and not nine.
+USER, ASSISTANT, SYSTEM = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_start|>system\n"
+SPECIAL_TOKENS = (PAD, END, MASK, USER, ASSISTANT, SYSTEM)
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+
+# A fence with its line break · a line break with its indent · a word · one or two digits · operators · other blanks.
+# Blanks stick to the word or operator before a number and never to the number itself: "3" is one token everywhere.
+PIECES = r"\n?```(?:python)?\n?|\n *| ?[A-Za-z_]+(?: (?=\d))?|\d{1,2}| ?[^\sA-Za-z_\d`]+(?: (?=\d))?| +|.|\s"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of exactly the merges that `texts` give; the same texts give the same tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        mask_token=MASK,
+        extra_special_tokens=[USER, ASSISTANT, SYSTEM],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """Read a tokenizer folder: local files only, and never code that comes with them."""
+    return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+
+
+def tiny_config(
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    hidden_size: int = 128,
+    num_layers: int = 3,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    intermediate_size: int | None = None,
+    max_positions: int = 512,
+) -> Qwen2Config:
+    """Qwen2 in miniature. Input and output embeddings are tied: copying a token is then the easy case."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size or 3 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=True,
+        initializer_range=0.02,
+        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
+        eos_token_id=tokenizer.convert_tokens_to_ids(END),
+        bos_token_id=None,
+    )
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def tiny_model(tokenizer: PreTrainedTokenizerFast, *, generator: torch.Generator, **sizes: int) -> DreamModel:
+    """A tiny model with random weights from `generator`; `sizes` are the keywords of `tiny_config`."""
+    mask_token_id = tokenizer.convert_tokens_to_ids(MASK)
+    return DreamModel.from_config(tiny_config(tokenizer, **sizes), mask_token_id=mask_token_id, generator=generator)

@@ -1,0 +1,94 @@
+"""A model that solves a few problems now and then: small enough to tune in seconds, good enough for rewards to differ."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from actors.stages import train_supervised
+from diffrl.config import RLConfig, SftConfig
+from diffrl.config_file import validate
+from diffrl.data.microcode import microcode_problems
+from diffrl.data.sft import fenced
+from diffrl.prompts import build_prompt
+from diffrl.types import Problem
+
+NUM_PROBLEMS = 6
+WINDOW = {"max_prompt_tokens": 40, "completion_tokens": 40}
+
+
+@pytest.fixture(scope="session")
+def problems() -> list[Problem]:
+    """A few problems of different families."""
+    everything = microcode_problems("train", num_prompt_tests=0)
+    return everything[:: len(everything) // NUM_PROBLEMS][:NUM_PROBLEMS]
+
+
+@pytest.fixture(scope="session")
+def problems_file(problems: list[Problem], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("problems") / "problems.jsonl"
+    path.write_text("".join(json.dumps(asdict(p)) + "\n" for p in problems))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tuned_model(problems: list[Problem], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Instruction-tuned on right and wrong programs for those problems; a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("tuned")
+    pairs = []
+    for index, problem in enumerate(problems):
+        assert problem.solution is not None
+        wrong = problems[(index + 1) % len(problems)].solution
+        assert wrong is not None
+        pairs += [(build_prompt(problem), fenced(problem.solution))] * 2 + [(build_prompt(problem), fenced(wrong))]
+    data = folder / "sft.jsonl"
+    data.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs))
+    config = validate(
+        {
+            "stage": "sft",
+            "run_dir": str(folder / "run"),
+            "model": {"tiny": {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2}},
+            "data": {"source": "jsonl", "path": str(data), **WINDOW},
+            "optim": {"lr": 5e-3, "warmup_steps": 10},
+            "train": {"steps": 200, "batch_size": 18, "threads": 1},
+        },
+        "test",
+    )
+    assert isinstance(config, SftConfig)
+    train_supervised(config)
+    return folder / "run" / "model"
+
+
+def rl_config(model: Path, problems_file: Path, run_dir: Path, **sections: dict) -> RLConfig:
+    """A small RL run; `sections` replace keys inside the sections of the same name."""
+    raw: dict = {
+        "stage": "rl",
+        "run_dir": str(run_dir),
+        "model": {"path": str(model)},
+        "data": {
+            "source": "problems",
+            "path": str(problems_file),
+            "num_prompt_tests": 0,
+            "max_prompt_tokens": WINDOW["max_prompt_tokens"],
+        },
+        "sampling": {
+            "completion_tokens": WINDOW["completion_tokens"],
+            "steps": 10,
+            "temperature": 1.0,
+            "top_p": None,
+            "top_k": None,
+        },
+        "method": {"group_size": 4},
+        "optim": {"lr": 3e-4},
+        "train": {"steps": 3, "prompts_per_step": 4},
+        "rollout": {"cpus_per_worker": 0.25},
+        "judge": {"cpus_per_worker": 0.25},
+        "reference": {"cpus": 0.25},
+        "learner": {"cpus_per_rank": 0.25},
+    }
+    for name, section in sections.items():
+        raw[name] = {**raw.get(name, {}), **section}
+    config = validate(raw, "test")
+    assert isinstance(config, RLConfig)
+    return config

@@ -1,0 +1,164 @@
+"""The whole loop on real actors: it learns from real verdicts, and its numbers depend on nothing but seed and config."""
+
+import json
+from pathlib import Path
+
+import pytest
+import ray
+
+from actors.driver import Run, prepare, train
+from actors.system import System
+from actors.telemetry import Telemetry
+from diffrl.config import RLConfig
+from diffrl.models.dream import load_model, load_state_dict
+from diffrl.rollout_store import read_all
+from diffrl.run_folder import create_run_folder
+from diffrl.types import RolloutGroup, ScoringBatch
+from tests.actors.conftest import rl_config
+
+VOLATILE = ("time/", "restarts/")
+
+
+def metric_lines(run_dir: Path) -> list[str]:
+    """metrics.jsonl without what may differ between equal runs."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [json.dumps({k: v for k, v in row.items() if not k.startswith(VOLATILE)}) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def plain_run(ray_cluster, tuned_model, problems_file, tmp_path_factory) -> Path:
+    """Three steps with one worker of each kind."""
+    run_dir = tmp_path_factory.mktemp("runs") / "plain"
+    train(rl_config(tuned_model, problems_file, run_dir))
+    return run_dir
+
+
+def test_run_folder_holds_what_happened(plain_run: Path):
+    rows = [json.loads(line) for line in metric_lines(plain_run)]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert any(0 < row["reward/pass_rate"] < 1 for row in rows), "the model is meant to solve some problems, not all"
+    table = read_all(plain_run / "rollouts").to_pylist()
+    assert len(table) == 3 * 4 * 4
+    for step, row in enumerate(rows):
+        stored = [r for r in table if r["step"] == step]
+        assert row["reward/mean"] == pytest.approx(sum(r["reward"] for r in stored) / len(stored))
+        assert {r["policy_version"] for r in stored} == {step}
+        for ordinal in {r["ordinal"] for r in stored}:
+            group = [r for r in stored if r["ordinal"] == ordinal]
+            mean = sum(r["reward"] for r in group) / len(group)
+            assert [r["advantage"] for r in group] == pytest.approx([r["reward"] - mean for r in group], abs=1e-6)
+    assert [r["ordinal"] for r in table] == sorted(r["ordinal"] for r in table)
+    assert json.loads((plain_run / "run.json").read_text())["attempt"] == 1
+
+
+def test_first_step_is_on_policy(plain_run: Path):
+    """Before the first update new, old and reference policy are one: ratio 1, KL 0."""
+    first = json.loads(metric_lines(plain_run)[0])
+    assert first["first/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
+    assert first["first/kl"] == pytest.approx(0.0, abs=1e-6)
+    assert first["optim/grad_norm"] > 0
+
+
+def test_exported_model_is_the_trained_one(plain_run: Path, tuned_model: Path):
+    before, after = load_state_dict(tuned_model), load_state_dict(plain_run / "model")
+    assert before.keys() == after.keys()
+    changed = [k for k in before if not before[k].equal(after[k])]
+    assert len(changed) > len(before) // 2
+    load_model(plain_run / "model")
+
+
+def test_number_of_workers_changes_nothing(plain_run: Path, tuned_model, problems_file, tmp_path):
+    config = rl_config(
+        tuned_model, problems_file, tmp_path / "two", rollout={"num_workers": 2}, judge={"num_workers": 3}
+    )
+    train(config)
+    assert metric_lines(tmp_path / "two") == metric_lines(plain_run)
+
+
+class Interrupted(Run):
+    """Loses workers in the middle of a step."""
+
+    def scoring_batch(self, group: RolloutGroup) -> ScoringBatch:
+        if group.ordinal in (1, 5):
+            ray.kill(self.system.rollouts.workers[group.ordinal % 2])
+            ray.kill(self.system.judges.workers[0])
+            ray.kill(self.system.reference.workers[0])
+        return super().scoring_batch(group)
+
+
+def run_with(run_class: type[Run], config: RLConfig) -> Run:
+    prepared = prepare(config)
+    folder = create_run_folder(config)
+    with System(config, prepared.tokenizer) as system, Telemetry(folder, prepared.num_steps) as telemetry:
+        run = run_class(prepared, folder, system, telemetry)
+        run.train()
+        return run
+
+
+def test_lost_workers_change_nothing(plain_run: Path, tuned_model, problems_file, tmp_path):
+    config = rl_config(tuned_model, problems_file, tmp_path / "lost", rollout={"num_workers": 2})
+    run = run_with(Interrupted, config)
+    restarts = {name: pool.num_restarts for name, pool in run.system.pools().items()}
+    assert all(count >= 2 for count in restarts.values()), restarts
+    assert metric_lines(tmp_path / "lost") == metric_lines(plain_run)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_two_learner_ranks_compute_the_same(plain_run: Path, tuned_model, problems_file, tmp_path, zero_stage):
+    learner = {"num_ranks": 2, "zero_stage": zero_stage}
+    train(rl_config(tuned_model, problems_file, tmp_path / "ranks", learner=learner))
+    one = [json.loads(line) for line in metric_lines(plain_run)]
+    two = [json.loads(line) for line in metric_lines(tmp_path / "ranks")]
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            if key.startswith(("reward/", "verdicts/", "rollout/")):
+                assert a[key] == b[key], key
+            else:
+                assert a[key] == pytest.approx(b[key], abs=1e-5, rel=1e-4), key
+
+
+def test_micro_batches_change_nothing(plain_run: Path, tuned_model, problems_file, tmp_path):
+    """One token count divides the whole step, so cutting it into micro-batches gives the same update."""
+    train(rl_config(tuned_model, problems_file, tmp_path / "micro", learner={"groups_per_micro_batch": 4}))
+    one = [json.loads(line) for line in metric_lines(plain_run)]
+    four = [json.loads(line) for line in metric_lines(tmp_path / "micro")]
+    for a, b in zip(one, four, strict=True):
+        assert a["reward/mean"] == b["reward/mean"]
+        assert a["loss/total"] == pytest.approx(b["loss/total"], abs=1e-5)
+        assert a["optim/grad_norm"] == pytest.approx(b["optim/grad_norm"], rel=1e-3)
+
+
+def test_evaluation_keeps_the_best_model_and_patience_ends_the_run(ray_cluster, tuned_model, problems_file, tmp_path):
+    config = rl_config(
+        tuned_model,
+        problems_file,
+        tmp_path / "eval",
+        optim={"lr": 1e-12},  # nothing can improve, so the second evaluation is no better than the first
+        train={"steps": 6},
+        eval={
+            "every": 1,
+            "problems": {"source": "problems", "path": str(problems_file), "num_prompt_tests": 0},
+            "num_samples": 2,
+        },
+        stop={"patience": 2},
+    )
+    train(config)
+    rows = [json.loads(line) for line in (tmp_path / "eval" / "metrics.jsonl").read_text().splitlines()]
+    rates = [row["eval/pass@1"] for row in rows if "eval/pass@1" in row]
+    assert len(rates) == 3 and len(set(rates)) == 1
+    load_model(tmp_path / "eval" / "best")
+    load_model(tmp_path / "eval" / "model")
+
+
+def test_shuffled_rewards_are_a_permutation_within_groups(ray_cluster, tuned_model, problems_file, tmp_path, plain_run):
+    train(rl_config(tuned_model, problems_file, tmp_path / "s", train={"steps": 1}, reward={"shuffle_within_group": True}))
+    plain = [r for r in read_all(plain_run / "rollouts").to_pylist() if r["step"] == 0]
+    shuffled = read_all(tmp_path / "s" / "rollouts").to_pylist()
+    assert [r["reward"] for r in plain] == [r["reward"] for r in shuffled]
+    for start in range(0, len(plain), 4):
+        a = sorted(r["advantage"] for r in plain[start : start + 4])
+        b = sorted(r["advantage"] for r in shuffled[start : start + 4])
+        assert a == pytest.approx(b, abs=1e-6)
+    assert [r["advantage"] for r in plain] != [r["advantage"] for r in shuffled]
