@@ -30,8 +30,8 @@ class TinyModel(Section):
     """Sizes of the model that starts from random weights when `model.path` is not set."""
 
     hidden_size: Positive = 128
-    intermediate_size: Positive = 352
-    num_layers: Positive = 4
+    intermediate_size: Positive = 384
+    num_layers: Positive = 3
     num_heads: Positive = 4
     num_kv_heads: Positive = 2
     vocab_size: Positive = 1024

@@ -18,11 +18,16 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2 floats: PyYAML reads 1e-6 as a string."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that `_Loader` would read as floats."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+        list("-+0123456789."),
+    )
 
 
 def parse_value(text: str) -> Any:
@@ -107,4 +112,4 @@ def fields_at(root: type[BaseModel], loc: Sequence[str]) -> list[str]:
 
 def dump_config(config: AnyConfig) -> str:
     """The resolved config as YAML that `load_config` reads back."""
-    return yaml.safe_dump(TypeAdapter(type(config)).dump_python(config, mode="json"), sort_keys=False)
+    return yaml.dump(TypeAdapter(type(config)).dump_python(config, mode="json"), Dumper=_Dumper, sort_keys=False)

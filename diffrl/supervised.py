@@ -125,7 +125,7 @@ def tokenize_pairs(
 ) -> list[tuple[list[int], list[int]]]:
     """(instruction, completion) texts -> (chat prompt ids, completion ids), as `prompts.chat_ids` would ask them."""
     chats = [[{"role": "user", "content": prompt}] for prompt, _ in pairs]
-    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    texts = [str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)) for chat in chats]
     prompt_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     completion_ids = tokenizer([completion for _, completion in pairs], add_special_tokens=False)["input_ids"]
     return list(zip(prompt_ids, completion_ids, strict=True))

@@ -6,7 +6,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from diffrl.config import ModelConfig
-from diffrl.data.corpus import microcode_text
+from diffrl.data.corpus import microcode_text, stdlib_text
+from diffrl.data.microcode import microcode_exercises
+from diffrl.data.sft import fenced
 from diffrl.models.dream import DreamModel, check_bidirectional, load_model
 from diffrl.models.tiny import load_tokenizer, tiny_model, train_tokenizer
 from diffrl.seeds import derive_seed
@@ -15,7 +17,7 @@ from diffrl.seeds import derive_seed
 def load_policy_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
     """The tokenizer of `model.path`, or one trained on the spot on microcode text. Raises ValueError."""
     if config.path is None:
-        return train_tokenizer([microcode_text()], config.tiny.vocab_size)
+        return train_tokenizer(tokenizer_texts(), config.tiny.vocab_size)
     if not Path(config.path).is_dir():
         raise ValueError(f"model.path: {config.path} is not a folder; give a local Hugging Face folder or leave it out")
     try:
@@ -31,6 +33,12 @@ def load_policy_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
     if tokenizer.pad_token_id is None:
         raise ValueError(f"model.path: the tokenizer of {config.path} has no pad token; add `pad_token`")
     return tokenizer
+
+
+def tokenizer_texts() -> list[str]:
+    """What the tiny tokenizer is trained on: programs, and instructions with fenced completions as SFT will show them."""
+    exercises = microcode_exercises("train")
+    return [microcode_text(), stdlib_text(300_000), "\n".join(f"{e.prompt}\n{fenced(e.solution)}" for e in exercises)]
 
 
 def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> DreamModel:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
 from diffrl.models.dream import DreamModel
@@ -17,6 +18,8 @@ MASK, END, PAD = "<|mask|>", "<|im_end|>", "<|dlm_pad|>"
 # Header and role are one token each, so a chat costs three tokens and not nine.
 USER, ASSISTANT, SYSTEM = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_start|>system\n"
 SPECIAL_TOKENS = (PAD, END, MASK, USER, ASSISTANT, SYSTEM)
+
+EMBEDDING_STD = 0.1  # of the tied embeddings; the usual 0.02 learns more slowly here
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -64,6 +67,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
 
 
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(token_id, int)
+    return token_id
+
+
 def tiny_config(
     tokenizer: PreTrainedTokenizerFast,
     *,
@@ -85,8 +94,8 @@ def tiny_config(
         max_position_embeddings=max_positions,
         tie_word_embeddings=True,
         initializer_range=0.02,
-        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
-        eos_token_id=tokenizer.convert_tokens_to_ids(END),
+        pad_token_id=token_id(tokenizer, PAD),
+        eos_token_id=token_id(tokenizer, END),
         bos_token_id=None,
     )
     config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
@@ -95,6 +104,27 @@ def tiny_config(
 
 
 def tiny_model(tokenizer: PreTrainedTokenizerFast, *, generator: torch.Generator, **sizes: int) -> DreamModel:
-    """A tiny model with random weights from `generator`; `sizes` are the keywords of `tiny_config`."""
-    mask_token_id = tokenizer.convert_tokens_to_ids(MASK)
-    return DreamModel.from_config(tiny_config(tokenizer, **sizes), mask_token_id=mask_token_id, generator=generator)
+    """A tiny model with weights drawn from `generator` that is quick to learn copying; `sizes`: see `tiny_config`."""
+    config = tiny_config(tokenizer, **sizes)
+    model = DreamModel.from_config(config, mask_token_id=token_id(tokenizer, MASK), generator=generator)
+    nn.init.normal_(model.backbone.model.embed_tokens.weight, std=EMBEDDING_STD, generator=generator)
+    start_as_copier(model, generator)
+    return model
+
+
+@torch.no_grad()
+def start_as_copier(model: DreamModel, generator: torch.Generator, strength: float = 0.7) -> None:
+    """Let every attention head begin by passing on what it looks at: o_proj is the transpose of an orthogonal v_proj.
+
+    Constants must be copied from the prompt, which is learned in fewer steps from this start ("mimetic initialization",
+    XX"""
+    weights = dict(model.backbone.model.layers.named_parameters())
+    for layer in range(len(model.backbone.model.layers)):
+        value_XD = weights[f"{layer}.self_attn.v_proj.weight"]
+        output_DY = weights[f"{layer}.self_attn.o_proj.weight"]
+        dim, sharing = output_DY.shape[0], output_DY.shape[1] // value_XD.shape[0]
+        square_DD = torch.randn(dim, dim, generator=generator)
+        value_XD.copy_(strength * torch.linalg.qr(square_DD).Q[: value_XD.shape[0]])
+        value_KHD = value_XD.reshape(model.config.num_key_value_heads or 1, -1, dim)
+        shared_YD = value_KHD.repeat_interleave(sharing, dim=0).reshape(-1, dim)
+        output_DY.copy_(shared_YD.T / sharing)

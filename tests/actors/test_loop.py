@@ -153,7 +153,9 @@ def test_evaluation_keeps_the_best_model_and_patience_ends_the_run(ray_cluster, 
 
 
 def test_shuffled_rewards_are_a_permutation_within_groups(ray_cluster, tuned_model, problems_file, tmp_path, plain_run):
-    train(rl_config(tuned_model, problems_file, tmp_path / "s", train={"steps": 1}, reward={"shuffle_within_group": True}))
+    train(
+        rl_config(tuned_model, problems_file, tmp_path / "s", train={"steps": 1}, reward={"shuffle_within_group": True})
+    )
     plain = [r for r in read_all(plain_run / "rollouts").to_pylist() if r["step"] == 0]
     shuffled = read_all(tmp_path / "s" / "rollouts").to_pylist()
     assert [r["reward"] for r in plain] == [r["reward"] for r in shuffled]

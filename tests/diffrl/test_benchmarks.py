@@ -1,0 +1,39 @@
+import pytest
+
+from diffrl.benchmarks import benchmark_problems, canonical_code, completion_to_code
+from diffrl.data.problems import load_problems
+from diffrl.types import Problem
+from tests.diffrl.test_problems import HUMANEVAL, passes, shared, write_jsonl
+
+
+def test_programs_of_a_benchmark(tmp_path):
+    path = write_jsonl(tmp_path / "humaneval.jsonl", HUMANEVAL)
+    [problem] = benchmark_problems("humaneval", path)
+    assert [problem] == load_problems("humaneval", path)
+    completion = "Here:\n```python\ndef square(x):\n    return half(2 * x) * math.floor(x)\n```\n"
+    program = completion_to_code(problem, completion)
+    assert program.startswith("import math\n") and program.endswith("math.floor(x)\n")
+    assert passes(problem, program) and passes(problem, canonical_code(problem))
+    future = "from __future__ import annotations\ndef square(x): ...\n"
+    assert completion_to_code(problem, f"```python\n{future}```") == future
+    assert completion_to_code(problem, "no block") == ""
+    with pytest.raises(ValueError, match="problem x has no solution"):
+        canonical_code(Problem(id="x", prompt="", prompt_tests=(), reward_tests=("assert f(1)",)))
+    with pytest.raises(ValueError, match="'humanevil' is not known: choose from humaneval"):
+        benchmark_problems("humanevil", tmp_path)
+
+
+def test_a_setup_that_the_prompt_does_not_show_stays_with_the_tests():
+    for setup in ("root = Node(1)", "def answer(x): return x * x"):
+        problem = Problem(id="x", prompt="Square x.", prompt_tests=(), reward_tests=("assert f(1) == 1",), setup=setup)
+        assert completion_to_code(problem, "```python\nx = 1\n```") == "x = 1\n"
+
+
+def test_canonical_programs_of_humaneval():
+    problems = benchmark_problems("humaneval", shared("humaneval/HumanEval.jsonl.gz"))
+    assert len(problems) == 164
+    for problem in problems:
+        compile(canonical_code(problem), problem.id, "exec", dont_inherit=True)
+    for number in (0, 10, 32, 38, 50, 115, 163):  # four of them use helpers that the prompt gives
+        problem = problems[number]
+        assert passes(problem, completion_to_code(problem, f"```python\n{canonical_code(problem)}```"))
