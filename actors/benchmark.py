@@ -8,11 +8,12 @@ import numpy as np
 import torch
 
 from actors.reward import submission
-from actors.rollout import decode, length_with_end, pad_id, pad_prompt
+from actors.rollout import decode, length_with_end, pad_prompt
 from diffrl.benchmarks import benchmark_problems, canonical_code
 from diffrl.config import ModelConfig
 from diffrl.errors import ConfigError
 from diffrl.models.loading import load_policy, load_policy_tokenizer
+from diffrl.models.tokens import end_ids, special_id
 from diffrl.prompts import chat_ids
 from diffrl.sampler import SamplingParams, sample
 from diffrl.seeds import derive_seed
@@ -73,7 +74,7 @@ def generate_texts(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     ids = np.asarray(chat_ids(tokenizer, Problem(id="-", prompt=prompt, prompt_tests=(), reward_tests=())))
-    prompt_ids_BP, prompt_mask_BP = pad_prompt(ids, samples, len(ids), pad_id(tokenizer))
+    prompt_ids_BP, prompt_mask_BP = pad_prompt(ids, samples, len(ids), special_id(tokenizer, "pad"))
     with torch.no_grad():
         result = sample(
             model,
@@ -84,6 +85,6 @@ def generate_texts(
             seeds=[derive_seed(seed, "generate", index) for index in range(samples)],
             vocab_size=len(tokenizer),
         )
-    ends = {tokenizer.eos_token_id, pad_id(tokenizer)}
+    ends = end_ids(tokenizer)
     rows = result.completion_ids_BC.numpy()
     return [decode(tokenizer, row[: length_with_end(row, ends)], ends) for row in rows]

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from actors.evaluate import Evaluator, PassRates
 from actors.learner import Learner
 from actors.pool import GroupBuffer, Pipeline, Request
-from actors.rollout import pad_id, pad_prompt
+from actors.rollout import pad_prompt
 from actors.system import System
 from actors.telemetry import Telemetry
 from actors.weights import Weights, fetch
@@ -31,6 +31,7 @@ from diffrl.errors import ConfigError
 from diffrl.estimators import ESTIMATORS, draw_views
 from diffrl.models.dream import build_model, save_model
 from diffrl.models.loading import load_policy_tokenizer
+from diffrl.models.tokens import special_id
 from diffrl.prompts import chat_ids
 from diffrl.rollout_store import write_step
 from diffrl.run_folder import check_run_folder, create_run_folder
@@ -215,7 +216,7 @@ class Run:
         config = self.config
         rows = len(group.rollouts)
         prompt_ids_BP, prompt_mask_BP = pad_prompt(
-            group.prompt_ids_P, rows, config.data.max_prompt_tokens, pad_id(self.prepared.tokenizer)
+            group.prompt_ids_P, rows, config.data.max_prompt_tokens, special_id(self.prepared.tokenizer, "pad")
         )
         views = tuple(
             draw_views(

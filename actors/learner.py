@@ -10,12 +10,14 @@ number of tokens: losses are multiplied by both counts before the backward pass.
 import os
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import ray
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from actors.weights import Weights, WeightStore, pack
+from actors.pool import kill
+from actors.weights import Weights, pack
 from diffrl.config import RLConfig
 from diffrl.coupled_grpo import coupled_grpo_loss
 from diffrl.models.dream import state_dict_for_export
@@ -64,12 +66,10 @@ class LearnerRank:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles for minutes
         deepspeed.init_distributed("nccl" if self.device == "cuda" else "gloo", auto_mpi_discovery=False)
         optim = self.config.optim
-        optimizer = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(
             decay_groups(self.model, optim.weight_decay), lr=optim.lr, betas=(optim.beta1, optim.beta2)
         )
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=self.model, optimizer=optimizer, config=self.engine_config()
-        )
+        self.engine, *_ = deepspeed.initialize(model=self.model, optimizer=self.optimizer, config=self.engine_config())
 
     def engine_config(self) -> dict:
         config = self.config
@@ -100,7 +100,7 @@ class LearnerRank:
                 warmup=self.config.optim.warmup_steps,
                 min_ratio=self.config.optim.min_lr_ratio,
             )
-            for group in self.optimizer.param_groups:
+            for group in self.optimizer.param_groups:  # shared with DeepSpeed's wrappers
                 group["lr"] = lr
             sums: dict[str, float] = {}
             for number, micro in enumerate(micros):
@@ -113,7 +113,7 @@ class LearnerRank:
                     grad_norm = float(torch.nn.utils.get_total_norm(grads))
                 self.engine.step()
             if self.config.learner.zero_stage > 0:
-                grad_norm = float(self.engine.get_global_grad_norm())
+                grad_norm = self.engine.get_global_grad_norm() or 0.0
             self.num_updates += 1
             for key, value in sums.items():
                 metrics[key] = metrics.get(key, 0.0) + value / len(batch.scoring.views)
@@ -175,7 +175,7 @@ class LearnerRank:
         return {key: float(value) for key, value in metrics.items()}
 
     @ray.method
-    def publish(self, store: "ray.actor.ActorHandle[WeightStore]", pinned: tuple[int, ...]) -> Weights:
+    def publish(self, store: Any, pinned: tuple[int, ...]) -> Weights:
         """Rank 0 hands the policy to the weight store."""
         assert self.rank == 0
         entries, buckets = pack(state_dict_for_export(self.model))
@@ -220,4 +220,4 @@ class Learner:
 
     def close(self) -> None:
         for rank in self.ranks:
-            ray.kill(rank)
+            kill(rank)

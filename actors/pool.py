@@ -25,6 +25,11 @@ class WorkersKeepDyingError(RuntimeError):
     """Restarting does not help; the message carries the last death."""
 
 
+def kill(actor: Any) -> None:
+    """End an actor at once. Its class's type, which `ray.remote` gives to the handle, is not one that ray.kill admits."""
+    ray.kill(actor)
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     key: Hashable
@@ -88,13 +93,13 @@ class WorkerPool:
         self.deaths += 1
         if self.deaths > MAX_DEATHS * len(self.workers):
             raise WorkersKeepDyingError(f"workers keep dying, the last one with: {error}") from error
-        ray.kill(dead)
+        kill(dead)
         self.workers[slot] = self.make_worker()
         self.num_restarts += 1
 
     def close(self) -> None:
         for worker in self.workers:
-            ray.kill(worker)
+            kill(worker)
 
     def broadcast(self, method: str, *args: Any) -> list[Any]:
         """Call every worker once; a dead one is replaced and asked again."""

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from actors.weights import PolicyHolder, Weights
+from diffrl.models.tokens import end_ids, special_id
 from diffrl.prompts import chat_ids
 from diffrl.sampler import SamplingParams, sample
 from diffrl.types import Problem, Rollout, RolloutGroup
@@ -38,7 +39,9 @@ class RolloutWorker:
         """One group: len(seeds) completions of `problem` under exactly this version of the policy."""
         model = self.holder.at(weights)
         prompt = np.asarray(chat_ids(self.tokenizer, problem), dtype=np.int32)
-        prompt_ids_BP, prompt_mask_BP = pad_prompt(prompt, len(seeds), self.max_prompt_tokens, pad_id(self.tokenizer))
+        prompt_ids_BP, prompt_mask_BP = pad_prompt(
+            prompt, len(seeds), self.max_prompt_tokens, special_id(self.tokenizer, "pad")
+        )
         result = sample(
             model,
             prompt_ids_BP.to(self.holder.device),
@@ -50,7 +53,7 @@ class RolloutWorker:
         )
         ids_BC = result.completion_ids_BC.cpu().numpy().astype(np.int32)
         steps_BC = result.step_map_BC.cpu().numpy().astype(np.int32)
-        ends = {self.tokenizer.eos_token_id, pad_id(self.tokenizer)}
+        ends = end_ids(self.tokenizer)
         rollouts = []
         for index, seed in enumerate(seeds):
             num_tokens = length_with_end(ids_BC[index], ends)
@@ -73,11 +76,6 @@ class RolloutWorker:
         )
 
 
-def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    assert tokenizer.pad_token_id is not None
-    return int(tokenizer.pad_token_id)
-
-
 def pad_prompt(prompt_P: np.ndarray, rows: int, width: int, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """One prompt, padded on the left to `width` and repeated: ids int64 [rows, width], mask bool."""
     assert len(prompt_P) <= width, "prompts that do not fit are left out before the run starts"
@@ -89,13 +87,13 @@ def pad_prompt(prompt_P: np.ndarray, rows: int, width: int, pad: int) -> tuple[t
     return ids, mask
 
 
-def length_with_end(ids_C: np.ndarray, ends: set[int | None]) -> int:
+def length_with_end(ids_C: np.ndarray, ends: tuple[int, ...]) -> int:
     """Number of tokens up to and including the first end token; the whole window when there is none."""
-    positions = np.flatnonzero(np.isin(ids_C, [e for e in ends if e is not None]))
+    positions = np.flatnonzero(np.isin(ids_C, ends))
     return int(positions[0]) + 1 if len(positions) else len(ids_C)
 
 
-def decode(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, ends: set[int | None]) -> str:
+def decode(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, ends: tuple[int, ...]) -> str:
     body = [int(i) for i in ids if int(i) not in ends]
     text = tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)

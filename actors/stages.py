@@ -14,6 +14,7 @@ from diffrl.data.sft import sft_rows
 from diffrl.errors import ConfigError
 from diffrl.models.dream import save_model
 from diffrl.models.loading import load_policy, load_policy_tokenizer
+from diffrl.models.tokens import special_id
 from diffrl.run_folder import check_run_folder, create_run_folder
 from diffrl.supervised import (
     SupervisedOptions,
@@ -61,7 +62,7 @@ def train_supervised(config: PretrainConfig | SftConfig, *, dry_run: bool = Fals
     )
     with SupervisedTelemetry(folder, config.train.steps, config.stage) as telemetry:
         telemetry.say(f"{config.stage}: {len(rows)} rows, {num_parameters:,} parameters")
-        train(model, rows, options, telemetry.step)
+        train(model, rows, options, telemetry.update)
     save_model(model, folder / "model")
     tokenizer.save_pretrained(folder / "model")
     print(f"{config.stage}: {config.train.steps} steps in {time.perf_counter() - started:.0f} s -> {folder / 'model'}")
@@ -104,13 +105,12 @@ def sft_stage_rows(data: SftData, tokenizer: PreTrainedTokenizerFast, seed: int)
             (json_field(path, number, line, "prompt"), json_field(path, number, line, "completion"))
             for number, line in json_lines(path)
         ]
-    assert tokenizer.eos_token_id is not None and tokenizer.pad_token_id is not None
     return instruction_rows(
         tokenize_pairs(tokenizer, pairs),
         prompt_length=data.max_prompt_tokens,
         completion_length=data.completion_tokens,
-        end_token_id=int(tokenizer.eos_token_id),
-        pad_token_id=int(tokenizer.pad_token_id),
+        end_token_id=special_id(tokenizer, "eos"),
+        pad_token_id=special_id(tokenizer, "pad"),
         pad_weight=data.pad_weight,
     )
 

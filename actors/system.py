@@ -1,5 +1,6 @@
 """The actors of a run, started and stopped as one."""
 
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from typing import Any
 import ray
 from transformers import PreTrainedTokenizerFast
 
-from actors.pool import WorkerPool
+from actors.pool import WorkerPool, kill
 from actors.reference import Reference
 from actors.reward import RewardWorker
 from actors.rollout import RolloutWorker
@@ -63,7 +64,7 @@ class System:
     def __exit__(self, *exc_info: object) -> None:
         for pool in self.pools().values():
             pool.close()
-        ray.kill(self.store)
+        kill(self.store)
         if self.owns_ray:
             ray.shutdown()
 
@@ -101,6 +102,6 @@ def connect(address: str | None, num_cpus: float) -> bool:
         num_cpus=max(math.ceil(num_cpus), os.cpu_count() or 1),
         include_dashboard=False,
         log_to_driver=True,
-        logging_level="error",
+        logging_level=logging.ERROR,
     )
     return True

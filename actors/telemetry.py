@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -29,7 +30,7 @@ class Telemetry:
         )
         self.task = self.progress.add_task(title, total=num_steps)
 
-    def __enter__(self) -> "Telemetry":
+    def __enter__(self) -> Self:
         self.progress.start()
         return self
 
@@ -73,8 +74,9 @@ class Telemetry:
 class SupervisedTelemetry(Telemetry):
     """The same for the supervised stages, whose steps are many and short: a line now and then."""
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
         self.metrics.write({"step": step, **metrics})
         self.progress.update(self.task, completed=step + 1)
-        if (step + 1) % max(1, self.num_steps // 20) == 0:
-            self.say(f"step {step + 1:>5}/{self.num_steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+        if (step + 1) % max(1, self.num_steps // 10) == 0:
+            loss, accuracy = metrics["loss/diffusion"], metrics["loss/accuracy"]
+            self.say(f"step {step + 1:>5}/{self.num_steps}  loss {loss:.3f}  accuracy of hidden tokens {accuracy:.3f}")

@@ -55,25 +55,29 @@ def pack(state: dict[str, Tensor], bucket_bytes: int = BUCKET_BYTES) -> tuple[tu
         entries.append(Entry(name=name, dtype=dtype, shape=tuple(tensor.shape), bucket=len(parts) - 1, offset=size))
         parts[-1].append(data)
         size += data.nbytes
-    return tuple(entries), [np.concatenate(part) for part in parts]
+    return tuple(entries), [np.concatenate(part) for part in parts if part]
 
 
 def unpack(entries: Sequence[Entry], buckets: Sequence[np.ndarray]) -> dict[str, Tensor]:
     """The inverse of `pack`; the tensors own their memory (buckets from the object store are read-only)."""
     state = {}
     for entry in entries:
-        dtype: torch.dtype = getattr(torch, entry.dtype)
-        stop = entry.offset + int(np.prod(entry.shape, dtype=np.int64)) * dtype.itemsize
-        data = buckets[entry.bucket][entry.offset : stop].copy()
-        state[entry.name] = torch.from_numpy(data).view(dtype).reshape(entry.shape)
+        tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
+        data = buckets[entry.bucket][entry.offset : entry.offset + tensor.nbytes]
+        tensor.reshape(-1).view(torch.uint8).numpy()[:] = data
+        state[entry.name] = tensor
     return state
+
+
+def digest(bucket: np.ndarray) -> str:
+    return xxhash.xxh3_128_hexdigest(bucket.data)
 
 
 def fetch(weights: Weights) -> dict[str, Tensor]:
     """Pull the buckets, check their hashes, unpack. Raises RuntimeError when a bucket is not what was published."""
     buckets = ray.get(list(weights.buckets))
     for number, (bucket, expected) in enumerate(zip(buckets, weights.hashes, strict=True)):
-        if xxhash.xxh3_128_hexdigest(bucket) != expected:
+        if digest(bucket) != expected:
             raise RuntimeError(f"weights version {weights.version}: bucket {number} does not match its hash")
     return unpack(weights.entries, buckets)
 
@@ -109,7 +113,7 @@ class WeightStore:
             version=version,
             hf_config=hf_config,
             entries=entries,
-            hashes=tuple(xxhash.xxh3_128_hexdigest(bucket) for bucket in buckets),
+            hashes=tuple(digest(bucket) for bucket in buckets),
             buckets=tuple(ray.put(bucket) for bucket in buckets),
         )
         self._versions[version] = weights

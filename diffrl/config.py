@@ -128,7 +128,7 @@ class MethodConfig(Section):
             self.group_size >= 2,
             "group_size",
             self.group_size,
-            "be 2 or more: a completion's baseline is the mean reward of its group, so one alone always has advantage 0",
+            "be 2 or more: the baseline is the mean reward of the group, so a completion alone has advantage 0",
         )
         one_of("estimator", self.estimator, ESTIMATORS)
         one_of("advantage", self.advantage, ADVANTAGES)
@@ -337,7 +337,7 @@ class SupervisedTrain(Section):
 
 
 class CorpusData(Section):
-    """Pre-training text: `microcode` text plus Python's own standard library, or text files (*.txt, *.py, *.jsonl with `text`)."""
+    """Pre-training text: `microcode` text plus Python's standard library, or files (*.txt, *.py, *.jsonl with `text`)."""
 
     source: Literal["microcode", "text"] = "text"
     path: str | None = None

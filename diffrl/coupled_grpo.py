@@ -123,19 +123,22 @@ def coupled_grpo_loss(
     `num_loss_tokens` counts the step's whole batch; the losses (and metrics) of its micro-batches add up to the
     loss (and metrics) of the step. Gradient flows through `logprobs_BC` alone.
     """
-    mask_BC = loss_mask_BC.float()
+    # Left-out tokens count as unchanged, so that whatever their log-probs are cannot reach a sum or a gradient.
+    def kept(x_BC: Tensor) -> Tensor:
+        return x_BC.masked_fill(~loss_mask_BC, 0.0)
+
     advantages_B1 = advantages_B.detach()[:, None]
-    ratio_BC = torch.exp(logprobs_BC - old_logprobs_BC.detach())
+    ratio_BC = torch.exp(kept(logprobs_BC - old_logprobs_BC.detach()))
     clipped_BC = ratio_BC.clamp(1 - clip_low, 1 + clip_high)
     policy_BC = -torch.minimum(ratio_BC * advantages_B1, clipped_BC * advantages_B1)
     if ref_logprobs_BC is None:
         kl_BC = torch.zeros_like(policy_BC)
     else:  # k3 of Schulman, "Approximating KL divergence" (2020): exp(d) - d - 1 with d = ref - new
-        delta_BC = ref_logprobs_BC.detach() - logprobs_BC
+        delta_BC = kept(ref_logprobs_BC.detach() - logprobs_BC)
         kl_BC = torch.exp(delta_BC) - delta_BC - 1
 
     def mean(x_BC: Tensor) -> Tensor:
-        return (x_BC * mask_BC).sum() / num_loss_tokens
+        return kept(x_BC).sum() / num_loss_tokens
 
     policy, kl = mean(policy_BC), mean(kl_BC)
     loss = policy + kl_coef * kl

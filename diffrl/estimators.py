@@ -28,7 +28,8 @@ def coupled_normalized_views(
         abs(options.t_min + options.t_max - 1) <= 1e-6,
         "t_min",
         options.t_min,
-        f"be 1 - t_max {options.t_max} for coupled_normalized: else a view and its complement differ in their distribution of t",
+        f"be 1 - t_max {options.t_max} for coupled_normalized: "
+        "a view and its complement need the same distribution of t",
     )
     views = coupled_views(generator, group_size, num_tokens, options)
     scale = torch.full_like(views.weight_SBC, 0.5)

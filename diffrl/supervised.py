@@ -9,7 +9,6 @@ Every random number comes from (seed, step): a run that resumes at a step contin
 Shapes: N rows, B rows of a batch, P prompt, C completion, L = P + C.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -22,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from diffrl.diffusion import diffusion_loss, draw_mask_ratios, forward_process
 from diffrl.models.dream import DreamModel
+from diffrl.seeds import derive_seed
 
 Metrics = dict[str, float]
 
@@ -132,9 +132,8 @@ def tokenize_pairs(
 
 
 def step_generator(seed: int, step: int, purpose: str) -> torch.Generator:
-    """A private stream for one step: a hash, so that neighbouring seeds and steps have nothing in common."""
-    digest = hashlib.sha256(f"{purpose}/{seed}/{step}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    """A private stream for one step; neighbouring seeds and steps have nothing in common."""
+    return torch.Generator().manual_seed(derive_seed(seed, purpose, step))
 
 
 def batch_indices(num_rows: int, batch_size: int, step: int, seed: int) -> Tensor:

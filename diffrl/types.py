@@ -106,7 +106,7 @@ class MaskViews:
 class ScoringBatch:
     """What is scored: no rewards in it, so the reference can begin while the tests run.
 
-    ScoringBatch(prompt_ids_BP=..., prompt_mask_BP=..., completion_ids_BC=..., views=(MaskViews(...), MaskViews(...)), group_size=10)
+    ScoringBatch(prompt_ids_BP=..., prompt_mask_BP=..., completion_ids_BC=..., views=(MaskViews(...), ...), group_size=10)
     """
 
     prompt_ids_BP: torch.Tensor  # int64, padded on the left
@@ -118,7 +118,10 @@ class ScoringBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainBatch:
-    """One step of the learner. TrainBatch(scoring=ScoringBatch(...), loss_mask_BC=..., advantages_B=..., ref_logprobs_IBC=..., num_loss_tokens=7421)"""
+    """One step of the learner.
+
+    TrainBatch(scoring=ScoringBatch(...), loss_mask_BC=..., advantages_B=..., ref_logprobs_IBC=..., num_loss_tokens=7421)
+    """
 
     scoring: ScoringBatch
     loss_mask_BC: torch.Tensor  # bool: up to and including the first end token, of samples that were judged

@@ -1,4 +1,4 @@
-"""One Ray cluster for the whole run, started when the first test asks for it and stopped by the process that started it."""
+"""One Ray cluster for the whole run, started when a test first asks for it, stopped by the process that started it."""
 
 import contextlib
 import os
@@ -77,14 +77,3 @@ def wait_for_port(port: int, process: subprocess.Popen, log: Path) -> None:
             return
         time.sleep(0.2)
     pytest.fail(f"the Ray head did not start: {log.read_text()[-2000:]}")
-
-
-def shared_dir() -> Path:
-    """Benchmarks and hostile programs that are not part of the repository."""
-    path = Path(os.environ.get("DIFFRL_SHARED", Path(__file__).parents[2] / "shared"))
-    if not path.is_dir():
-        reason = f"{path} does not exist; set DIFFRL_SHARED to the folder that holds data/ and attacks/"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return path

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffrl.coupled_grpo import coupled_grpo_loss, leave_one_out_advantages
-from diffrl.models.dream import load_model, load_state_dict
+from diffrl.models.dream import DreamModel, load_model, load_state_dict
 from diffrl.scoring import completion_logprobs, slice_rows, token_logprobs
 from diffrl.types import MaskViews, ScoringBatch
 from tests.golden_files import golden_dir
@@ -58,7 +58,11 @@ def scoring_batch(data: dict[str, torch.Tensor], views: tuple[MaskViews, ...]) -
     )
 
 
-def policy_and_reference():
+def release_logprobs(model: DreamModel, batch: ScoringBatch, views: MaskViews) -> torch.Tensor:
+    return completion_logprobs(model, batch, views, mask_token_id=model.mask_token_id, attend_padding=True)
+
+
+def policy_and_reference() -> tuple[DreamModel, DreamModel]:
     policy, reference = load_model(golden_dir() / "generate"), load_model(golden_dir() / "generate")
     delta = load_file(golden_dir() / "logps/ref_model_delta_fp16.safetensors")
     base = load_state_dict(golden_dir() / "generate")
@@ -112,7 +116,7 @@ def test_golden_logprobs_loss_and_gradients(case):
                 if name not in data:
                     assert case["beta"] == 0.0
                     continue
-                got = completion_logprobs(model, batch, view, mask_token_id=policy.mask_token_id, attend_padding=True)
+                got = release_logprobs(model, batch, view)
                 assert torch.allclose(got, data[name][:, i], atol=TOLERANCE), name
     for number, step in enumerate(case["steps"]):
         start, stop = step["chunk"]
@@ -120,7 +124,7 @@ def test_golden_logprobs_loss_and_gradients(case):
         assert step["mask_seed"] == case["mask_seeds"][i]
         part = slice_rows(batch, start, stop)
         policy.zero_grad()
-        logprobs = completion_logprobs(policy, part, part.views[i], mask_token_id=policy.mask_token_id, attend_padding=True)
+        logprobs = release_logprobs(policy, part, part.views[i])
         loss_mask = data["completion_mask"][start:stop].bool()
         ref = data["ref_logps"][start:stop, i] if case["beta"] else None
         on_policy = case["num_iterations"] == 1  # then old is the forward pass itself, in the release and here
@@ -138,7 +142,7 @@ def test_golden_logprobs_loss_and_gradients(case):
         )
         loss.backward()
         assert loss.item() == pytest.approx(step["loss"], abs=TOLERANCE, rel=TOLERANCE)
-        if ref is not None:  # the release prints an inflated kl (broadcast bug): recomputed here from the golden log-probs
+        if ref is not None:  # the release prints an inflated kl (broadcast bug): recomputed from the log-probs
             delta = (data["ref_logps"][start:stop, i] - data["policy_logps_all_iters"][start:stop, i]).double()
             kl = ((delta.exp() - delta - 1) * loss_mask).sum() / loss_mask.sum()
             assert metrics["loss/kl"].item() == pytest.approx(kl.item(), rel=1e-4, abs=TOLERANCE)
@@ -150,7 +154,8 @@ def test_golden_logprobs_loss_and_gradients(case):
         q_rows = data[f"s{number}.grad.q0"]
         got_rows = gradients["model.layers.0.self_attn.q_proj.weight"][: q_rows.shape[0]]
         assert torch.allclose(got_rows, q_rows, atol=TOLERANCE, rtol=1e-4)
-        assert torch.allclose(gradients["model.norm.weight"], data[f"s{number}.grad.norm_weight"], atol=TOLERANCE, rtol=1e-4)
+        got_norm = gradients["model.norm.weight"]
+        assert torch.allclose(got_norm, data[f"s{number}.grad.norm_weight"], atol=TOLERANCE, rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", cases("loss_onpolicy"), ids=lambda c: c["name"])
@@ -189,7 +194,7 @@ def test_golden_old_and_reference_scores_of_rollouts(case):
     for i, view in enumerate(views):
         for model, name in ((policy, "old_per_token_logps"), (reference, "ref_per_token_logps")):
             with torch.no_grad():
-                got = completion_logprobs(model, batch, view, mask_token_id=policy.mask_token_id, attend_padding=True)
+                got = release_logprobs(model, batch, view)
             assert torch.allclose(got, data[name][:, i], atol=TOLERANCE), name
     rewards = sum(
         w * torch.tensor([0.0 if r is None else r for r in row])
@@ -226,7 +231,7 @@ def test_golden_padding_is_what_we_mend():
         batch = scoring_batch(data, views)
         with torch.no_grad():
             ours = completion_logprobs(policy, batch, views[0], mask_token_id=policy.mask_token_id)
-            release = completion_logprobs(policy, batch, views[0], mask_token_id=policy.mask_token_id, attend_padding=True)
+            release = release_logprobs(policy, batch, views[0])
         has_padding = ~data["prompt_mask"].bool().all(1)
         gap = (ours - release).abs().amax(1)
         assert (gap[has_padding] > 1e-3).all()

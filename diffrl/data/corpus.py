@@ -3,6 +3,7 @@
 Only training problems are in it: no solution of a validation or held-out problem appears anywhere.
 """
 
+import os
 import random
 import sysconfig
 from pathlib import Path
@@ -21,16 +22,16 @@ def microcode_text(seed: int = 0, *, split_seed: int = 0) -> str:
 
 
 def stdlib_text(max_bytes: int = 2_000_000) -> str:
-    """The sources of Python's own standard library in sorted order, up to `max_bytes` (whole files)."""
-    root = Path(sysconfig.get_paths()["stdlib"])
+    """Sources of Python's own standard library, folder by folder in sorted order, up to `max_bytes` (whole files)."""
     parts: list[str] = []
     size = 0
-    for path in sorted(root.rglob("*.py")):
-        if SKIPPED_FOLDERS & set(path.relative_to(root).parts):
-            continue
-        source = path.read_bytes()
-        if size + len(source) > max_bytes:
-            continue
-        size += len(source)
-        parts.append(source.decode("utf-8", errors="replace"))
+    for folder, subfolders, files in os.walk(sysconfig.get_paths()["stdlib"]):
+        subfolders[:] = sorted(set(subfolders) - SKIPPED_FOLDERS)  # walk goes where this list says
+        for name in sorted(files):
+            path = Path(folder, name)
+            if path.suffix != ".py" or size + path.stat().st_size > max_bytes:
+                continue
+            source = path.read_bytes()
+            size += len(source)
+            parts.append(source.decode("utf-8", errors="replace"))
     return "\n\n".join(parts)

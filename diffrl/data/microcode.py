@@ -11,7 +11,7 @@ and hold every family in the same number.
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from diffrl.types import Problem
 
@@ -88,7 +88,7 @@ FAMILIES = (
            "return {a} * max(xs) + {b} * min(xs)",
            ("return {a} * max(xs) - {b} * min(xs)", "return {a} * min(xs) + {b} * max(xs)")),
     Family("extended", "xs", "xs with {a} and {b} added at the end", "return xs + [{a}, {b}]",
-           ("return [{a}, {b}] + xs", "return xs + [{a} + {b}]")),
+           ("return xs + [{a} + {b}]", "return [{a}, {b}] + xs")),
     Family("difference", "xs", "the element of xs at index {a} minus the one at index {b}",
            "return xs[{a}] - xs[{b}]",
            ("return xs[{a}] + xs[{b}]", "return xs[{a} - 1] - xs[{b} - 1]")),
@@ -121,36 +121,39 @@ FAMILIES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exercise:
-    """A problem together with the ways to get it wrong, which the noisy instruction data is made from.
+    """A filled-in family with the ways to get it wrong, which the noisy instruction data is made from.
 
-    Exercise(id="microcode/affine-3-5", family="affine", prompt="Write f(x) that returns x times 3, plus 5.",
-             solution="def f(x):\\n    return x * 3 + 5", mistakes=("def f(x):\\n    return x * 3 - 5", ...),
-             slips=("def f(x):\\n    return x * 4 + 5", ...), tests=("assert f(0) == 5", ...))
+    Exercise(id="microcode/affine-3-5", family="affine", argument="x", values=("3", "5"),
+             prompt="Write f(x) that returns x times 3, plus 5.", solution="def f(x):\\n    return x * 3 + 5",
+             mistakes=("def f(x):\\n    return x * 3 - 5", ...), slips=("def f(x):\\n    return x * 4 + 5", ...))
     """
 
     id: str
     family: str
+    argument: str
+    values: tuple[str, str]
     prompt: str
     solution: str
     mistakes: tuple[str, ...]  # wrong structure, right constants
     slips: tuple[str, ...]  # right structure, one constant off by one: often the solution of ANOTHER problem
-    tests: tuple[str, ...]
 
 
 def microcode_problems(split: str, seed: int = 0, *, num_prompt_tests: int = 0) -> list[Problem]:
     """The problems of a split, in a fixed order; the first `num_prompt_tests` tests are shown, the rest graded."""
-    return [
-        Problem(
-            id=e.id,
-            prompt=e.prompt,
-            prompt_tests=e.tests[:num_prompt_tests],
-            reward_tests=e.tests[num_prompt_tests:],
+    problems = []
+    for exercise in microcode_exercises(split, seed):
+        tests = exercise_tests(exercise)
+        problem = Problem(
+            id=exercise.id,
+            prompt=exercise.prompt,
+            prompt_tests=tests[:num_prompt_tests],
+            reward_tests=tests[num_prompt_tests:],
             entry_point="f",
-            solution=e.solution,
-            family=e.family,
+            solution=exercise.solution,
+            family=exercise.family,
         )
-        for e in microcode_exercises(split, seed)
-    ]
+        problems.append(problem)
+    return problems
 
 
 def reserved_solutions(seed: int = 0) -> frozenset[str]:
@@ -198,18 +201,15 @@ def make_exercise(family: Family, first: str, second: str) -> Exercise:
     mistakes = tuple(program(body) for body in family.wrong)
     slips = {program(family.body, neighbour, second) for neighbour in neighbours(first)}
     slips |= {program(family.body, first, neighbour) for neighbour in neighbours(second)}
-    key = f"{family.name}-{first}-{second}"
-    rng = random.Random(key)
-    inputs = candidate_inputs(family.argument, first, second, rng)
-    rng.shuffle(inputs)
     return Exercise(
-        id=f"microcode/{key}",
+        id=f"microcode/{family.name}-{first}-{second}",
         family=family.name,
+        argument=family.argument,
+        values=(first, second),
         prompt=f"Write f({family.argument}) that returns {fill(family.returns)}.",
         solution=solution,
         mistakes=mistakes,
         slips=tuple(sorted(slips)),
-        tests=choose_tests(solution, (*mistakes, *sorted(slips)), inputs),
     )
 
 
@@ -225,6 +225,7 @@ def candidate_inputs(argument: str, first: str, second: str, rng: random.Random)
     numbers = [int(value) for value in (first, second) if value.isdigit()]
     if argument == "x":
         edges = [n + d for n in numbers for d in (-1, 0, 1)] + [3 * n for n in numbers] + [0, 1, -2, -7]
+        edges += [numbers[0] + k * numbers[1] for k in (1, 2, 5)]
         return list(dict.fromkeys([*edges, *(rng.randrange(13, 200) for _ in range(6))]))
     if argument == "xs":
         lists = [[rng.randrange(0, 25) for _ in range(rng.randrange(14, 27))] for _ in range(6)]
@@ -236,8 +237,13 @@ def candidate_inputs(argument: str, first: str, second: str, rng: random.Random)
     return list(dict.fromkeys("".join(rng.choices(alphabet, k=k)) for k in lengths))
 
 
-def choose_tests(solution: str, wrong: tuple[str, ...], inputs: list) -> tuple[str, ...]:
+@cache
+def exercise_tests(exercise: Exercise) -> tuple[str, ...]:
     """Six asserts that tell the solution from the wrong programs, the least telling one first (it may be shown)."""
+    rng = random.Random(exercise.id)
+    inputs = candidate_inputs(exercise.argument, *exercise.values, rng)
+    rng.shuffle(inputs)
+    solution, wrong = exercise.solution, (*exercise.mistakes, *exercise.slips)
     right = [outcome(compile_f(solution), value) for value in inputs]
     fails = []  # per input, which wrong programs it catches
     for program in wrong:

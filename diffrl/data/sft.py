@@ -12,7 +12,7 @@ import random
 from diffrl.data.microcode import FAMILIES, Exercise, microcode_exercises, reserved_solutions
 
 # Share of wrong bodies of a family, relative to the mean, family by family in turn: in some the mistake is the rule.
-UNEVENNESS = (1.35, 1.0, 0.65)
+UNEVENNESS = (1.25, 1.0, 0.75)
 FIRST_MISTAKE_SHARE = 0.75  # of the mistakes; the rest are the second kind
 SLIP_SHARE = 0.1  # of the wrong bodies: a constant off by one
 

@@ -23,7 +23,9 @@ def load_policy_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
     try:
         tokenizer = load_tokenizer(config.path)
     except (OSError, ValueError) as error:  # transformers answers in several lines, none of which names the folder
-        raise ValueError(f"model.path: {config.path} holds no tokenizer that can be read; add its tokenizer.json") from error
+        raise ValueError(
+            f"model.path: {config.path} holds no tokenizer that can be read; add its tokenizer.json"
+        ) from error
     for name, token_id in (("mask", tokenizer.mask_token_id), ("eos", tokenizer.eos_token_id)):
         if token_id is None:
             raise ValueError(
@@ -45,8 +47,8 @@ def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, seed
     """The model of `model.path`, or a tiny one with random weights drawn from `seed`. Raises ValueError."""
     dtype = getattr(torch, config.dtype)
     if config.path is not None:
-        assert tokenizer.mask_token_id is not None
-        model = load_model(config.path, mask_token_id=int(tokenizer.mask_token_id), dtype=dtype)
+        assert isinstance(tokenizer.mask_token_id, int)
+        model = load_model(config.path, mask_token_id=tokenizer.mask_token_id, dtype=dtype)
         if model.vocab_size < len(tokenizer):
             raise ValueError(
                 f"model.path: {config.path} has {model.vocab_size} embeddings for a tokenizer of {len(tokenizer)} tokens"

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
 from diffrl.models.dream import DreamModel
+from diffrl.models.tokens import special_id
 
 MASK, END, PAD = "<|mask|>", "<|im_end|>", "<|dlm_pad|>"
 # Header and role are one token each, so a chat costs three tokens and not nine.
@@ -67,12 +68,6 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
 
 
-def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
-    token_id = tokenizer.convert_tokens_to_ids(token)
-    assert isinstance(token_id, int)
-    return token_id
-
-
 def tiny_config(
     tokenizer: PreTrainedTokenizerFast,
     *,
@@ -94,8 +89,8 @@ def tiny_config(
         max_position_embeddings=max_positions,
         tie_word_embeddings=True,
         initializer_range=0.02,
-        pad_token_id=token_id(tokenizer, PAD),
-        eos_token_id=token_id(tokenizer, END),
+        pad_token_id=special_id(tokenizer, "pad"),
+        eos_token_id=special_id(tokenizer, "eos"),
         bos_token_id=None,
     )
     config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
@@ -106,7 +101,7 @@ def tiny_config(
 def tiny_model(tokenizer: PreTrainedTokenizerFast, *, generator: torch.Generator, **sizes: int) -> DreamModel:
     """A tiny model with weights drawn from `generator` that is quick to learn copying; `sizes`: see `tiny_config`."""
     config = tiny_config(tokenizer, **sizes)
-    model = DreamModel.from_config(config, mask_token_id=token_id(tokenizer, MASK), generator=generator)
+    model = DreamModel.from_config(config, mask_token_id=special_id(tokenizer, "mask"), generator=generator)
     nn.init.normal_(model.backbone.model.embed_tokens.weight, std=EMBEDDING_STD, generator=generator)
     start_as_copier(model, generator)
     return model

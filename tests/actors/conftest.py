@@ -1,4 +1,4 @@
-"""A model that solves a few problems now and then: small enough to tune in seconds, good enough for rewards to differ."""
+"""A model that solves a few problems now and then: tuned in seconds, good enough for rewards to differ."""
 
 import json
 from dataclasses import asdict

@@ -4,18 +4,54 @@ import gzip
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from ray._private.runtime_env.packaging import create_package
 
 from diffrl.rollout_store import read_all
-from tests.conftest import RayCluster, shared_dir
+from tests.conftest import RayCluster
+from tests.shared_files import shared_file
 
 ROOT = Path(__file__).parents[2]
 MAX_UPLOAD = 20 << 20
+# README's commands by their first words; each is run below, as it stands there but for overrides that cut it short.
+COMMANDS = (
+    "diffrl train configs/quickstart_pretrain.yaml",
+    "diffrl train configs/quickstart_sft.yaml",
+    "diffrl train configs/quickstart.yaml model.path",
+    "diffrl train configs/quickstart.yaml --dry-run",
+    "diffrl train configs/mbpp.yaml",
+    "diffrl config",
+    "diffrl eval",
+    "diffrl generate",
+    "ray job submit",
+)
+
+
+def readme_commands() -> list[str]:
+    """Every diffrl, ray and python command of README.md: lines of code blocks, and code in tables and text."""
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", text)
+    commands = [line.partition("  #")[0].strip() for line in lines]
+    return [
+        c for c in commands if re.match(r"(diffrl (train|eval|generate|config)|ray|python3?|\S+/python3?) [^A-Z]", c)
+    ]
+
+
+def readme(start: str, *overrides: str, **replace: str) -> list[str]:
+    """The one command of README.md that starts like this, as an argument list, with overrides."""
+    assert start in COMMANDS
+    (command,) = (c for c in readme_commands() if c.startswith(start))
+    for old, new in replace.items():
+        assert old in command
+        command = command.replace(old, new)
+    return [*shlex.split(command), *overrides]
 
 
 def run(*command: str, cwd: Path = ROOT, timeout: float = 900, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -24,42 +60,50 @@ def run(*command: str, cwd: Path = ROOT, timeout: float = 900, **environment: st
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
 
-def diffrl(*args: str, cluster: RayCluster | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return run("diffrl", *args, cwd=cwd, **({"RAY_ADDRESS": cluster.address} if cluster else {}))
+def succeeds(command: list[str], **environment: str) -> str:
+    """What the command printed on stdout."""
+    made = run(*command, **environment)
+    assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-3000:]
+    return made.stdout
+
+
+def test_every_command_of_the_readme_is_run_here():
+    commands = readme_commands()
+    assert commands
+    for command in commands:
+        assert sum(command.startswith(start) for start in COMMANDS) == 1, f"no test runs {command!r}"
+    source = Path(__file__).read_text()
+    for start in COMMANDS:
+        assert source.count(f'"{start}"') == 2, f"listed, but not run: {start!r}"
 
 
 def test_quickstart_stages_follow_one_another(ray_cluster: RayCluster, tmp_path: Path):
     """The three commands of `make quickstart`, each cut short; every stage starts from the model before it."""
     pretrain, sft, rl = (tmp_path / name for name in ("pretrain", "sft", "rl"))
-    made = diffrl(
-        *("train", "configs/quickstart_pretrain.yaml", f"run_dir={pretrain}", "train.steps=2"),
-        *("data.max_stdlib_bytes=20000", "train.threads=1"),
+    short = ("train.steps=2", "data.max_stdlib_bytes=20000")
+    succeeds(readme("diffrl train configs/quickstart_pretrain.yaml", f"run_dir={pretrain}", *short))
+    sft_overrides = (f"run_dir={sft}", f"model.path={pretrain}/model", "train.steps=2")
+    succeeds(readme("diffrl train configs/quickstart_sft.yaml", *sft_overrides))
+    rl_overrides = (
+        *(f"run_dir={rl}", f"model.path={sft}/model", "train.steps=1", "method.group_size=2"),
+        *("report.num_samples=2", "report.num_train_problems=3", "report.problems.limit=4"),
     )
-    assert made.returncode == 0, made.stderr
-    made = diffrl(
-        *("train", "configs/quickstart_sft.yaml", f"run_dir={sft}", f"model.path={pretrain}/model"),
-        *("train.steps=2", "train.threads=1"),
-    )
-    assert made.returncode == 0, made.stderr
-    made = diffrl(
-        *("train", "configs/quickstart.yaml", f"run_dir={rl}", f"model.path={sft}/model", "train.steps=1"),
-        *("method.group_size=2", "report.num_samples=2", "report.num_train_problems=3", "report.problems.limit=4"),
-        cluster=ray_cluster,
-    )
-    assert made.returncode == 0, made.stderr
+    command = readme("diffrl train configs/quickstart.yaml model.path", *rl_overrides)
+    stdout = succeeds(command, RAY_ADDRESS=ray_cluster.address)
     percent, change = r"\d+\.\d%", r"\d+\.\d% -> \d+\.\d%"
     assert re.fullmatch(
         rf"held-out pass@1 {change}, gain [+-]{percent[:-1]} \[95% -?\d+\.\d\.\.-?\d+\.\d\] at temperature 1.0 "
         rf"\(at 0.4: {change}; greedy: {change}; pass@8: {change}; training problems: {change}\), seed 0",
-        made.stdout.splitlines()[-1],
-    ), made.stdout
+        stdout.splitlines()[-1],
+    ), stdout
     assert len(json.loads((rl / "report_after.json").read_text())["held_out/t1.0"]["num_correct"]) == 4
 
 
 def test_mbpp_runs_with_real_verdicts(ray_cluster: RayCluster, tmp_path: Path):
-    path = shared_dir() / "data/mbpp/mbpp.jsonl"
-    made = diffrl("train", "configs/mbpp.yaml", f"data.path={path}", f"run_dir={tmp_path}/mbpp", cluster=ray_cluster)
-    assert made.returncode == 0, made.stderr
+    command = readme(
+        "diffrl train configs/mbpp.yaml", f"run_dir={tmp_path}/mbpp", **{"../shared": str(shared_file(""))}
+    )
+    succeeds(command, RAY_ADDRESS=ray_cluster.address)
     rows = [json.loads(line) for line in (tmp_path / "mbpp/metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 3
     table = read_all(tmp_path / "mbpp/rollouts").to_pylist()
@@ -71,42 +115,44 @@ def test_mbpp_runs_with_real_verdicts(ray_cluster: RayCluster, tmp_path: Path):
         assert sum(counted.values()) >= 16  # at least one graded test per rollout
 
 
+def test_config_and_dry_run_start_nothing(tmp_path: Path):
+    resolved = yaml.safe_load(succeeds(readme("diffrl config")))
+    assert resolved["method"]["group_size"] == 10 and resolved["optim"]["lr"] == 1e-6
+    command = readme("diffrl train configs/quickstart.yaml --dry-run", f"run_dir={tmp_path}/run")
+    assert "nothing was started" in succeeds(command, RAY_ADDRESS="127.0.0.1:1")
+    assert not (tmp_path / "run").exists()
+
+
 def test_humaneval_canonical_solutions_all_pass():
-    path = shared_dir() / "data/humaneval/HumanEval.jsonl.gz"
-    made = diffrl("eval", "--benchmark", "humaneval", "--data", str(path), "--solutions", "canonical")
-    assert made.returncode == 0, made.stderr
-    assert made.stdout.splitlines()[-1] == "humaneval: 164 of 164 canonical solutions pass"
+    stdout = succeeds(readme("diffrl eval", **{"../shared": str(shared_file(""))}))
+    assert stdout.splitlines()[-1] == "humaneval: 164 of 164 canonical solutions pass"
 
 
 def test_humaneval_wrong_solutions_fail(tmp_path: Path):
     """The same command counts what fails: three problems, one of them with a broken solution."""
-    with gzip.open(shared_dir() / "data/humaneval/HumanEval.jsonl.gz", "rt") as file:
+    with gzip.open(shared_file("data/humaneval/HumanEval.jsonl.gz"), "rt") as file:
         rows = [json.loads(line) for line in file][:3]
     rows[1]["canonical_solution"] = "    return None\n"
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    made = diffrl("eval", "--benchmark", "humaneval", "--data", str(tmp_path / "few.jsonl"))
-    assert made.stdout.splitlines()[-1] == "humaneval: 2 of 3 canonical solutions pass"
-    assert rows[1]["task_id"] in made.stdout
+    stdout = succeeds(["diffrl", "eval", "--benchmark", "humaneval", "--data", str(tmp_path / "few.jsonl")])
+    assert stdout.splitlines()[-1] == "humaneval: 2 of 3 canonical solutions pass"
+    assert rows[1]["task_id"] in stdout
 
 
-def test_generate_prints_a_completion(tuned_model: Path, problems):
-    made = diffrl("generate", "--model", str(tuned_model), "--prompt", problems[0].prompt, "--tokens", "40")
-    assert made.returncode == 0, made.stderr
-    assert "```python" in made.stdout
+def test_generate_prints_a_completion(tuned_model: Path):
+    command = readme("diffrl generate", **{"runs/quickstart/model": str(tuned_model)})
+    assert "```python" in succeeds([*command, "--tokens", "40"])
 
 
 def test_job_submit(ray_cluster: RayCluster, tmp_path: Path):
     """`ray job submit` of the working directory: succeeds, and what is uploaded stays small."""
-    made = run(
-        *("ray", "job", "submit", "--address", ray_cluster.dashboard, "--working-dir", ".", "--"),
-        *("diffrl", "train", "configs/quickstart.yaml", "train.steps=2", f"run_dir={tmp_path}/job"),
-        *("report.problems.limit=4", "report.num_samples=2", "report.num_train_problems=2"),
+    overrides = ("report.problems.limit=4", "report.num_samples=2", "report.num_train_problems=2")
+    command = readme(
+        "ray job submit", f"run_dir={tmp_path}/job", *overrides, **{"http://127.0.0.1:8265": ray_cluster.dashboard}
     )
-    assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-3000:]
-    assert "succeeded" in made.stdout
-    assert "held-out pass@1" in made.stdout
-    rows = (tmp_path / "job/metrics.jsonl").read_text().splitlines()
-    assert len(rows) == 2
+    stdout = succeeds(command)
+    assert "succeeded" in stdout and "held-out pass@1" in stdout
+    assert len((tmp_path / "job/metrics.jsonl").read_text().splitlines()) == 2
     assert upload_size(tmp_path) < MAX_UPLOAD
 
 
@@ -147,7 +193,7 @@ def test_tokenizer_without_mask_token_is_refused(tuned_model: Path, tmp_path: Pa
 
 
 def refused(args: list[str], expected: list[str], tmp_path: Path) -> None:
-    """Exit status 2, one line on stderr, and no run folder. RAY_ADDRESS leads nowhere: starting an actor would hang or fail."""
+    """Exit status 2, one line on stderr, no run folder. RAY_ADDRESS leads nowhere: starting an actor would fail."""
     made = run("diffrl", *args, f"run_dir={tmp_path}/run", RAY_ADDRESS="127.0.0.1:1")
     assert made.returncode == 2, made.stderr
     assert made.stdout == ""

@@ -1,4 +1,4 @@
-"""The whole loop on real actors: it learns from real verdicts, and its numbers depend on nothing but seed and config."""
+"""The whole loop on real actors, judged by real verdicts; its numbers depend on nothing but seed and config."""
 
 import json
 from pathlib import Path

@@ -52,7 +52,7 @@ def test_round_trip(bucket_bytes):
 
 
 def test_entries_by_hand():
-    """Tensors of 8, 8, 12, 40, 0, 4 and 16 bytes into buckets of 20: 8 + 8 | 12 | 40 | 0 + 4 + 16 (the empty one joins 40)."""
+    """Tensors of 8, 8, 12, 40, 4 and 16 bytes into buckets of 20: 8 + 8 | 12 | 40 | 4 + 16."""
     state = {
         "a": torch.zeros(2),
         "b": torch.zeros(4, dtype=torch.bfloat16),

@@ -3,7 +3,8 @@ import pytest
 from diffrl.benchmarks import benchmark_problems, canonical_code, completion_to_code
 from diffrl.data.problems import load_problems
 from diffrl.types import Problem
-from tests.diffrl.test_problems import HUMANEVAL, passes, shared, write_jsonl
+from tests.diffrl.test_problems import HUMANEVAL, passes, write_jsonl
+from tests.shared_files import shared_file
 
 
 def test_programs_of_a_benchmark(tmp_path):
@@ -30,7 +31,7 @@ def test_a_setup_that_the_prompt_does_not_show_stays_with_the_tests():
 
 
 def test_canonical_programs_of_humaneval():
-    problems = benchmark_problems("humaneval", shared("humaneval/HumanEval.jsonl.gz"))
+    problems = benchmark_problems("humaneval", shared_file("data/humaneval/HumanEval.jsonl.gz"))
     assert len(problems) == 164
     for problem in problems:
         compile(canonical_code(problem), problem.id, "exec", dont_inherit=True)

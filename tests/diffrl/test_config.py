@@ -1,5 +1,6 @@
 """Configs: every file loads, defaults are the published recipe, and every error is one line with a way out."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -12,7 +13,10 @@ from actors import cli
 from diffrl.config import AnyConfig, MethodConfig, PretrainConfig, RLConfig, SftConfig
 from diffrl.config_file import dump_config, load_config, parse_value, validate
 from diffrl.coupled_grpo import ViewOptions
+from diffrl.data.corpus import microcode_text
 from diffrl.errors import ConfigError
+from diffrl.models import loading
+from diffrl.models.tiny import train_tokenizer
 from diffrl.rewards import RECIPE_WEIGHTS
 from diffrl.sampler import SamplingParams
 
@@ -27,7 +31,7 @@ data: {source: microcode, num_prompt_tests: 0, max_prompt_tokens: 128}
 sampling: {completion_tokens: 34, steps: 17, top_p: null}
 train: {steps: 100, prompts_per_step: 12}
 learner: {num_ranks: 2, groups_per_micro_batch: 6}
-report: {problems: {source: microcode, split: held_out}}
+report: {problems: {source: microcode, split: held_out, num_prompt_tests: 0}}
 """
 
 
@@ -286,8 +290,8 @@ def test_files_that_cannot_be_used(write, tmp_path):
     [
         (
             ["method.group_size=1"],
-            "method.group_size: 1 must be 2 or more: a completion's baseline is the mean reward of its group, "
-            "so one alone always has advantage 0",
+            "method.group_size: 1 must be 2 or more: the baseline is the mean reward of the group, "
+            "so a completion alone has advantage 0",
         ),
         (["method.group_size=0"], "method.group_size: 0 must be greater than or equal to 1"),
         (["optim.lr=0"], "optim.lr: 0 must be greater than 0"),
@@ -388,6 +392,17 @@ def test_configs_cannot_be_changed():
 # The command line
 
 
+@pytest.fixture
+def quick_tokenizer(monkeypatch):
+    """Training the tokenizer on all of its text takes seconds, and what is refused here does not depend on it."""
+    monkeypatch.setattr(loading, "train_tokenizer", lambda texts, vocab_size: trained_tokenizer())
+
+
+@functools.cache
+def trained_tokenizer():
+    return train_tokenizer([microcode_text()[:20_000]], vocab_size=400)
+
+
 def run_main(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["diffrl", *arguments])
     with pytest.raises(SystemExit) as caught:
@@ -411,6 +426,7 @@ def test_the_command_answers_bad_input_in_one_line(override, message):
     assert result.stderr.endswith("\n") and result.stderr.count("\n") == 1
 
 
+@pytest.mark.usefixtures("quick_tokenizer")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -431,6 +447,7 @@ def test_dry_run_refuses_in_one_line(arguments, message, monkeypatch, capsys, tm
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("quick_tokenizer")
 def test_dry_run_checks_everything_and_starts_nothing(monkeypatch, capsys, tmp_path, base):
     import ray
 

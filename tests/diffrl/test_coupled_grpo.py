@@ -1,6 +1,7 @@
-"""The method by hand: which tokens are hidden and how much they count, advantages, the clipped loss and its gradient."""
+"""The method by hand: which tokens are hidden, how much they count, advantages, the clipped loss and its gradient."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from diffrl.estimators import decoupled_views, draw_views
 from diffrl.types import MaskViews
 
 LN2 = math.log(2)
-CLIP = {"clip_low": 0.5, "clip_high": 0.5}
+CLIP: dict[str, Any] = {"clip_low": 0.5, "clip_high": 0.5}
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -217,8 +218,8 @@ def test_usable_samples():
 # Loss
 
 
-def by_hand() -> dict:
-    """Two completions with ratios 2, 1/4 and 6/5, advantages +1 and -1, and a fourth token that the loss mask leaves out."""
+def by_hand() -> dict[str, Any]:
+    """Two completions with ratios 2, 1/4 and 6/5, advantages +1 and -1; the loss mask leaves out their fourth token."""
     ratio = torch.tensor([[2.0, 0.25, 1.2, 50.0], [2.0, 0.25, 1.2, 50.0]])
     old = torch.tensor([[-1.0, -2.0, -0.5, -3.0], [-0.3, -4.0, -2.5, -1.0]])
     new = old + ratio.log()
@@ -234,8 +235,8 @@ def by_hand() -> dict:
 
 
 def test_loss_by_hand():
-    """Surrogate, advantage +1: -(min(2, 1.5) + 0.25 + 1.2) = -2.95; advantage -1: 2 + max(0.25, 0.5) + 1.2 = 3.7; over six
-    tokens 0.125. k3: e^d - d - 1 is 1 - ln 2 at d = ln 2 and ln 2 - 1/2 at d = -ln 2; their mean is 1/4."""
+    """Surrogate, advantage +1: -(min(2, 1.5) + 0.25 + 1.2) = -2.95; advantage -1: 2 + max(0.25, 0.5) + 1.2 = 3.7; over
+    six tokens 0.125. k3: e^d - d - 1 is 1 - ln 2 at d = ln 2 and ln 2 - 1/2 at d = -ln 2; their mean is 1/4."""
     loss, metrics = coupled_grpo_loss(**by_hand(), num_loss_tokens=6, **CLIP, kl_coef=0.01)
     assert loss.item() == pytest.approx(0.125 + 0.01 * 0.25, abs=1e-6)
     expected = {
@@ -285,7 +286,7 @@ def test_masked_tokens_and_the_divisor():
     assert halved.item() == pytest.approx(expected.item() / 2)
 
 
-def random_step(num_rows: int = 12, num_tokens: int = 9) -> dict:
+def random_step(num_rows: int = 12, num_tokens: int = 9) -> dict[str, Any]:
     g = generator(8)
     lengths = torch.randint(1, num_tokens + 1, (num_rows, 1), generator=g)
     old = -3 * torch.rand(num_rows, num_tokens, generator=g)
@@ -351,7 +352,7 @@ def test_gradient_flows_through_the_new_logprobs_alone():
 
 
 def test_first_step():
-    """New = old = reference: ratio 1, KL 0, loss = -mean advantage, and yet a gradient of -advantage / count per token."""
+    """New = old = reference: ratio 1, KL 0, loss = -mean advantage, yet a gradient of -advantage / count per token."""
     step = random_step()
     new = step["logprobs_BC"].requires_grad_()
     same = {"logprobs_BC": new, "old_logprobs_BC": new, "ref_logprobs_BC": new}  # not even detached

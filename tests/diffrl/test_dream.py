@@ -3,6 +3,7 @@
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -199,7 +200,8 @@ def test_stock_transformers_reads_our_folders(tied, shard_bytes, tmp_path, monke
     model = make_model(tied=tied)
     save_model(model, tmp_path)
     config = qwen2_config(json.loads((tmp_path / "config.json").read_text()))
-    stock, info = Qwen2ForCausalLM.from_pretrained(tmp_path, config=config, output_loading_info=True)
+    loaded: Any = Qwen2ForCausalLM.from_pretrained(tmp_path, config=config, output_loading_info=True)
+    stock, info = loaded
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert all(torch.equal(stock.state_dict()[k], v) for k, v in model.backbone.state_dict().items())
 
@@ -325,10 +327,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def policy_folder(path: Path, tokenizer: PreTrainedTokenizerFast, *drop: str) -> ModelConfig:
     config = qwen_config()
     config.vocab_size = len(tokenizer)
-    assert tokenizer.mask_token_id is not None
-    model = DreamModel.from_config(
-        config, mask_token_id=int(tokenizer.mask_token_id), generator=torch.Generator().manual_seed(0)
-    )
+    mask_token_id = tokenizer.convert_tokens_to_ids("<|mask|>")
+    assert isinstance(mask_token_id, int)
+    model = DreamModel.from_config(config, mask_token_id=mask_token_id, generator=torch.Generator().manual_seed(0))
     save_model(model, path)
     tokenizer.save_pretrained(path)
     stored = json.loads((path / "tokenizer_config.json").read_text())

@@ -1,4 +1,4 @@
-"""Estimators: what they hide, what they weigh, what they are unbiased for; and that a new one is a function and a line."""
+"""Estimators: what they hide, weigh and are unbiased for; and that a new one is a function and a line."""
 
 import math
 
@@ -174,8 +174,8 @@ def test_a_new_estimator_is_one_function_and_one_line(monkeypatch):
 
 
 def test_coupled_with_known_logprobs():
-    """One group of two, four tokens, the published estimator: every token is worth 1/2 log p(n = 4) plus 1/(2t) log p of
-    the view of the pair that hides it."""
+    """One group of two, four tokens, the published estimator: every token is worth 1/2 log p(n = 4) plus 1/(2t) log p
+    of the view of the pair that hides it."""
     views = draw_views(ESTIMATORS["coupled"], seeds=[3], group_size=2, num_tokens=4, options=ViewOptions())
     batch = ScoringBatch(
         prompt_ids_BP=torch.tensor([[3], [3]]),

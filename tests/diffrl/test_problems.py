@@ -1,6 +1,5 @@
 import gzip
 import json
-import os
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 
 from diffrl.data.problems import DATASETS, load_problems
 from diffrl.types import Problem
+from tests.shared_files import shared_file
 
 FULL = {
     "text": "Write a function to square a number. ",
@@ -41,16 +41,6 @@ OWN = {"id": "a/1", "prompt": "Square x.", "prompt_tests": ["assert f(1) == 1"],
 
 def write_jsonl(path: Path, *rows) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def shared(name: str) -> Path:
-    """A real file from DIFFRL_SHARED (default ../shared); without it the test is skipped, except in CI."""
-    repository = Path(__file__).parents[2]
-    path = Path(os.environ.get("DIFFRL_SHARED", repository / "../shared")) / "data" / name
-    if not path.exists():
-        complain = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
-        complain(f"DIFFRL_SHARED: no data file at {path}")
     return path
 
 
@@ -268,7 +258,7 @@ def test_bad_arguments_are_named(tmp_path, arguments, message):
 
 @pytest.mark.parametrize(("name", "rows"), [("mbpp.jsonl", 974), ("mbpp_sanitized.jsonl", 427)])
 def test_real_mbpp(name, rows):
-    path = shared(f"mbpp/{name}")
+    path = shared_file(f"data/mbpp/{name}")
     problems = load_problems("mbpp", path)
     source = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(problems) == len({problem.id for problem in problems}) == len(source) == rows
@@ -283,7 +273,7 @@ def test_real_mbpp(name, rows):
 
 
 def test_real_humaneval():
-    problems = load_problems("humaneval", shared("humaneval/HumanEval.jsonl.gz"))
+    problems = load_problems("humaneval", shared_file("data/humaneval/HumanEval.jsonl.gz"))
     assert [problem.id for problem in problems] == [f"HumanEval/{i}" for i in range(164)]
     assert {p.entry_point for p in problems if "def " in p.setup} == {
         "make_palindrome",
@@ -296,5 +286,5 @@ def test_real_humaneval():
 
 
 def test_real_humaneval_plus_has_the_same_fields():
-    problems = load_problems("humaneval", shared("humanevalplus/HumanEvalPlus-OriginFmt.jsonl.gz"), limit=3)
+    problems = load_problems("humaneval", shared_file("data/humanevalplus/HumanEvalPlus-OriginFmt.jsonl.gz"), limit=3)
     assert [problem.test_mode for problem in problems] == ["check_function"] * 3

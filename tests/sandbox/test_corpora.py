@@ -2,30 +2,14 @@
 
 import gzip
 import json
-import os
-from pathlib import Path
-
-import pytest
 
 from sandbox.process import ProcessSandbox
 from sandbox.types import Limits, Submission, TestMode, TestStatus
-
-SHARED = Path(os.environ.get("DIFFRL_SHARED", Path(__file__).parents[2].parent / "shared"))
-
-
-def required(path: str) -> Path:
-    """A shared file; without it the test is skipped, except in CI, where it fails."""
-    file = SHARED / path
-    if not file.exists():
-        message = f"{file} is missing (set DIFFRL_SHARED)"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
-    return file
+from tests.shared_files import shared_file
 
 
 def test_attacks_get_only_what_a_correct_judge_may_give() -> None:
-    rows = [json.loads(line) for line in required("attacks/public.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in shared_file("attacks/public.jsonl").read_text().splitlines()]
     assert len(rows) == 42
     wrong = []
     with ProcessSandbox() as sandbox:
@@ -41,7 +25,7 @@ def test_attacks_get_only_what_a_correct_judge_may_give() -> None:
 
 
 def test_all_of_humaneval_passes() -> None:
-    with gzip.open(required("data/humaneval/HumanEval.jsonl.gz"), "rt") as file:
+    with gzip.open(shared_file("data/humaneval/HumanEval.jsonl.gz"), "rt") as file:
         rows = [json.loads(line) for line in file]
     assert len(rows) == 164
     with ProcessSandbox() as sandbox:
