@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv system quickstart quickstart-seeds test test-slow lint clean
+.PHONY: venv system quickstart quickstart-seeds bench-judge test test-slow lint clean
 
 venv: $(STAMP)
 
@@ -34,6 +34,9 @@ quickstart: venv system
 
 quickstart-seeds: venv system
 	$(BIN)/python -m tests.benchmarks.quickstart_seeds
+
+bench-judge: venv system
+	$(BIN)/python -m tests.benchmarks.judge
 
 lint: venv
 	$(BIN)/ruff format --check .

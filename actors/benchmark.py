@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from actors.reward import submission
-from actors.rollout import decode, length_with_end, pad_prompt
+from actors.rollout import decode, length_with_end
+from diffrl.batches import pad_prompt
 from diffrl.benchmarks import benchmark_problems, canonical_code
 from diffrl.config import ModelConfig
 from diffrl.errors import ConfigError

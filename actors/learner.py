@@ -113,7 +113,7 @@ class LearnerRank:
                     grad_norm = float(torch.nn.utils.get_total_norm(grads))
                 self.engine.step()
             if self.config.learner.zero_stage > 0:
-                grad_norm = self.engine.get_global_grad_norm() or 0.0
+                grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
             self.num_updates += 1
             for key, value in sums.items():
                 metrics[key] = metrics.get(key, 0.0) + value / len(batch.scoring.views)

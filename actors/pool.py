@@ -102,16 +102,19 @@ class WorkerPool:
             kill(worker)
 
     def broadcast(self, method: str, *args: Any) -> list[Any]:
-        """Call every worker once; a dead one is replaced and asked again."""
-        results = []
-        for slot in range(len(self.workers)):
+        """Call every worker once, all at the same time; a dead one is replaced and asked again."""
+        workers = list(self.workers)
+        refs = [getattr(worker, method).remote(*args) for worker in workers]
+        results: list[Any] = [None] * len(workers)
+        for slot in range(len(workers)):
             while True:
-                worker = self.workers[slot]
                 try:
-                    results.append(ray.get(getattr(worker, method).remote(*args)))
+                    results[slot] = ray.get(refs[slot])
                     break
                 except RayActorError as error:
-                    self.replace(slot, worker, error)
+                    self.replace(slot, workers[slot], error)
+                    workers[slot] = self.workers[slot]
+                    refs[slot] = getattr(workers[slot], method).remote(*args)
         return results
 
 

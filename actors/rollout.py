@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from actors.weights import PolicyHolder, Weights
+from diffrl.batches import pad_prompt
 from diffrl.models.tokens import end_ids, special_id
 from diffrl.prompts import chat_ids
 from diffrl.sampler import SamplingParams, sample
@@ -74,17 +75,6 @@ class RolloutWorker:
             prompt_ids_P=prompt,
             rollouts=tuple(rollouts),
         )
-
-
-def pad_prompt(prompt_P: np.ndarray, rows: int, width: int, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One prompt, padded on the left to `width` and repeated: ids int64 [rows, width], mask bool."""
-    assert len(prompt_P) <= width, "prompts that do not fit are left out before the run starts"
-    ids = torch.full((rows, width), pad, dtype=torch.long)
-    mask = torch.zeros((rows, width), dtype=torch.bool)
-    start = width - len(prompt_P)
-    ids[:, start:] = torch.from_numpy(prompt_P.astype(np.int64))
-    mask[:, start:] = True
-    return ids, mask
 
 
 def length_with_end(ids_C: np.ndarray, ends: tuple[int, ...]) -> int:

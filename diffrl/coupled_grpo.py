@@ -123,6 +123,7 @@ def coupled_grpo_loss(
     `num_loss_tokens` counts the step's whole batch; the losses (and metrics) of its micro-batches add up to the
     loss (and metrics) of the step. Gradient flows through `logprobs_BC` alone.
     """
+
     # Left-out tokens count as unchanged, so that whatever their log-probs are cannot reach a sum or a gradient.
     def kept(x_BC: Tensor) -> Tensor:
         return x_BC.masked_fill(~loss_mask_BC, 0.0)

@@ -9,7 +9,6 @@ Every random number comes from (seed, step): a run that resumes at a step contin
 Shapes: N rows, B rows of a batch, P prompt, C completion, L = P + C.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from diffrl.diffusion import diffusion_loss, draw_mask_ratios, forward_process
 from diffrl.models.dream import DreamModel
+from diffrl.schedule import cosine_lr
+from diffrl.seeds import derive_seed
 from diffrl.seeds import derive_seed
 
 Metrics = dict[str, float]
@@ -63,8 +64,8 @@ class SupervisedOptions:
     muon_lr: float | None = None
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
-    warmup_frac: float = 0.1
-    final_lr_frac: float = 0.1
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.1
     grad_norm: float = 1.0
     t_min: float = 1e-3
     bf16: bool = False
@@ -132,7 +133,7 @@ def tokenize_pairs(
 
 
 def step_generator(seed: int, step: int, purpose: str) -> torch.Generator:
-    """A private stream for one step; neighbouring seeds and steps have nothing in common."""
+    """A private stream for one step."""
     return torch.Generator().manual_seed(derive_seed(seed, purpose, step))
 
 
@@ -146,15 +147,6 @@ def batch_indices(num_rows: int, batch_size: int, step: int, seed: int) -> Tenso
         index += piece
         position += len(piece)
     return torch.tensor(index)
-
-
-def lr_scale(step: int, options: SupervisedOptions) -> float:
-    """Linear warm-up, then a cosine to `final_lr_frac`, as a factor on the learning rate."""
-    warmup = max(1, round(options.warmup_frac * options.num_steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, options.num_steps - warmup)
-    return options.final_lr_frac + (1 - options.final_lr_frac) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def make_optimizers(model: DreamModel, options: SupervisedOptions) -> list[torch.optim.Optimizer]:
@@ -173,7 +165,7 @@ def make_optimizers(model: DreamModel, options: SupervisedOptions) -> list[torch
         optimizers.append(muon)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
+            group["peak_lr"] = group["lr"]
     return optimizers
 
 
@@ -191,18 +183,23 @@ def train_step(
     noised = forward_process(
         batch.ids_NL, batch.maskable_NL, t_B, mask_token_id=model.mask_token_id, generator=generator
     )
-    scale = lr_scale(step, options)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * scale
+            group["lr"] = cosine_lr(
+                step,
+                total=options.num_steps,
+                peak=group["peak_lr"],
+                warmup=options.warmup_steps,
+                min_ratio=options.min_lr_ratio,
+            )
     with torch.autocast("cpu", dtype=torch.bfloat16) if options.bf16 else nullcontext():
         loss, metrics = diffusion_loss(model, batch.ids_NL, batch.attention_mask_NL, batch.loss_weight_NL, noised)
     loss.backward()
     grad_norm = clip_grad_norm_(model.parameters(), options.grad_norm, error_if_nonfinite=True)
     for optimizer in optimizers:
         optimizer.step()
-    return {**metrics, "optim/grad_norm": float(grad_norm), "optim/lr_scale": scale}
+    return {**metrics, "optim/grad_norm": float(grad_norm), "optim/lr": optimizers[0].param_groups[0]["lr"]}
 
 
 def train(

@@ -50,7 +50,7 @@ def tuned_model(problems: list[Problem], tmp_path_factory: pytest.TempPathFactor
             "run_dir": str(folder / "run"),
             "model": {"tiny": {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2}},
             "data": {"source": "jsonl", "path": str(data), **WINDOW},
-            "optim": {"lr": 5e-3, "warmup_steps": 10},
+            "optim": {"lr": 6e-3, "muon_lr": 0.02, "warmup_steps": 10},
             "train": {"steps": 200, "batch_size": 18, "threads": 1},
         },
         "test",

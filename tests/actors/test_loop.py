@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from actors.driver import Run, prepare, train
+from actors.driver import Run, train
+from actors.prepare import prepare
 from actors.system import System
 from actors.telemetry import Telemetry
 from diffrl.config import RLConfig
@@ -78,12 +79,12 @@ def test_number_of_workers_changes_nothing(plain_run: Path, tuned_model, problem
 class Interrupted(Run):
     """Loses workers in the middle of a step."""
 
-    def scoring_batch(self, group: RolloutGroup) -> ScoringBatch:
-        if group.ordinal in (1, 5):
+    def score_reference(self, group: RolloutGroup) -> ScoringBatch:
+        if group.ordinal in (1, 6):
             ray.kill(self.system.rollouts.workers[group.ordinal % 2])
             ray.kill(self.system.judges.workers[0])
             ray.kill(self.system.reference.workers[0])
-        return super().scoring_batch(group)
+        return super().score_reference(group)
 
 
 def run_with(run_class: type[Run], config: RLConfig) -> Run:

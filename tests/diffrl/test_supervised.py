@@ -10,7 +10,6 @@ from diffrl.supervised import (
     SupervisedOptions,
     batch_indices,
     instruction_rows,
-    lr_scale,
     make_optimizers,
     packed_rows,
     tokenize_pairs,
@@ -85,13 +84,6 @@ def test_every_epoch_is_a_permutation_and_batches_follow_each_other():
     assert sorted(flat[:10].tolist()) == sorted(flat[10:].tolist()) == list(range(10))
     assert flat[:10].tolist() != flat[10:].tolist()
     assert len(batch_indices(3, 8, 0, seed=0)) == 8
-
-
-def test_learning_rate_by_hand():
-    options = SupervisedOptions(num_steps=14, batch_size=1, lr=1.0, warmup_frac=4 / 14, final_lr_frac=0.1)
-    assert [lr_scale(step, options) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
-    assert lr_scale(9, options) == pytest.approx(0.55)  # half way down
-    assert lr_scale(14, options) == pytest.approx(0.1)
 
 
 def test_muon_takes_the_matrices_inside_the_blocks_only(tokenizer):

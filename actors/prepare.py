@@ -1,0 +1,91 @@
+"""Everything that a user can get wrong is found here, before the first actor starts."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from diffrl.config import ProblemsConfig, RLConfig
+from diffrl.data.microcode import microcode_problems
+from diffrl.data.problems import load_problems
+from diffrl.errors import ConfigError
+from diffrl.models.loading import load_policy_tokenizer
+from diffrl.prompts import chat_ids
+from diffrl.run_folder import check_run_folder
+from diffrl.seeds import derive_seed
+from diffrl.types import Problem
+from sandbox.process import require_available
+from sandbox.types import SandboxUnavailableError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What a run needs, checked and loaded."""
+
+    config: RLConfig
+    tokenizer: PreTrainedTokenizerFast
+    problems: list[Problem]
+    eval_problems: list[Problem]
+    report_problems: list[Problem]
+    num_left_out: int  # training problems whose prompt does not fit
+    num_steps: int
+
+
+def prepare(config: RLConfig) -> Prepared:
+    """Load tokenizer and problems, check that they go together. Raises ConfigError; starts nothing."""
+    try:
+        check_run_folder(Path(config.run_dir))
+        require_available(config.sandbox.allow_unisolated)
+        tokenizer = load_policy_tokenizer(config.model)
+        problems = problems_of(config.data)
+        fitting = [p for p in problems if len(chat_ids(tokenizer, p)) <= config.data.max_prompt_tokens]
+        if not fitting:
+            raise ConfigError(
+                f"data.max_prompt_tokens: {config.data.max_prompt_tokens} is less than every prompt of the data needs "
+                f"(the shortest has {min(len(chat_ids(tokenizer, p)) for p in problems)} tokens); raise it"
+            )
+        held_out = [
+            [] if section is None else problems_of(section)
+            for section in (config.eval.problems, config.report.problems if config.report else None)
+        ]
+    except SandboxUnavailableError as error:
+        raise ConfigError(f"sandbox: {error}") from error
+    except ValueError as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+    for problem in (p for split in held_out for p in split):
+        if len(chat_ids(tokenizer, problem)) > config.data.max_prompt_tokens:
+            raise ConfigError(
+                f"data.max_prompt_tokens: {config.data.max_prompt_tokens} is too small for the held-out problem "
+                f"{problem.id}; raise it"
+            )
+    prompts = config.train.prompts_per_step
+    return Prepared(
+        config=config,
+        tokenizer=tokenizer,
+        problems=fitting,
+        eval_problems=held_out[0],
+        report_problems=held_out[1],
+        num_left_out=len(problems) - len(fitting),
+        num_steps=config.train.steps or max(1, config.train.epochs * len(fitting) // prompts),
+    )
+
+
+def problems_of(config: ProblemsConfig) -> list[Problem]:
+    if config.source == "microcode":
+        problems = microcode_problems(config.split, num_prompt_tests=config.num_prompt_tests)
+        return problems[: config.limit]
+    assert config.path is not None
+    return load_problems(config.source, config.path, num_prompt_tests=config.num_prompt_tests, limit=config.limit)
+
+
+def prompt_stream(problems: Sequence[Problem], seed: int) -> Iterator[tuple[int, Problem]]:
+    """(ordinal, problem) without end: every epoch is a permutation of its own."""
+    ordinal = 0
+    while True:
+        order = list(range(len(problems)))
+        random.Random(derive_seed(seed, "epoch", ordinal // len(problems))).shuffle(order)
+        for index in order:
+            yield ordinal, problems[index]
+            ordinal += 1

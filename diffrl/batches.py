@@ -1,0 +1,112 @@
+"""From sampled and judged groups to what is scored and learned from. Pure functions; the driver calls them.
+
+Shapes: G rollouts of one prompt, B rollouts of a step (siblings adjacent), P prompt, C completion, I inner iterations.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from diffrl.config import RLConfig
+from diffrl.coupled_grpo import ADVANTAGES, usable_samples
+from diffrl.estimators import ESTIMATORS, draw_views
+from diffrl.scoring import concat_batches
+from diffrl.seeds import derive_seed
+from diffrl.types import RolloutGroup, ScoredGroup, ScoringBatch, TrainBatch
+
+
+def pad_prompt(prompt_P: np.ndarray, rows: int, width: int, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One prompt, padded on the left to `width` and repeated: ids int64 [rows, width], mask bool (False on padding)."""
+    assert len(prompt_P) <= width, "prompts that do not fit are left out before the run starts"
+    ids = torch.full((rows, width), pad_token_id, dtype=torch.long)
+    mask = torch.zeros((rows, width), dtype=torch.bool)
+    start = width - len(prompt_P)
+    ids[:, start:] = torch.from_numpy(prompt_P.astype(np.int64))
+    mask[:, start:] = True
+    return ids, mask
+
+
+def scoring_batch(group: RolloutGroup, config: RLConfig, pad_token_id: int) -> ScoringBatch:
+    """What learner and reference score: the group's tokens, and one draw of views per inner iteration."""
+    rows = len(group.rollouts)
+    prompt_ids_BP, prompt_mask_BP = pad_prompt(group.prompt_ids_P, rows, config.data.max_prompt_tokens, pad_token_id)
+    views = tuple(
+        draw_views(
+            ESTIMATORS[config.method.estimator],
+            seeds=[derive_seed(config.seed, "views", group.ordinal, iteration)],
+            group_size=rows,
+            num_tokens=config.sampling.completion_tokens,
+            options=config.method.view_options(),
+        )
+        for iteration in range(config.method.num_iterations)
+    )
+    return ScoringBatch(
+        prompt_ids_BP=prompt_ids_BP,
+        prompt_mask_BP=prompt_mask_BP,
+        completion_ids_BC=torch.from_numpy(np.stack([r.completion_ids_C for r in group.rollouts])).long(),
+        views=views,
+        group_size=rows,
+    )
+
+
+def train_batch(
+    scored: Sequence[ScoredGroup],
+    scoring: Sequence[ScoringBatch],
+    ref_logprobs: Sequence[torch.Tensor],
+    config: RLConfig,
+) -> TrainBatch:
+    """Rewards -> advantages and loss mask. Samples that were not judged get loss mask 0; shapes never change.
+
+    `scoring` and `ref_logprobs` ([I, G, C] each; empty when kl_coef is 0) are in the order of `scored`.
+    """
+    method = config.method
+    rewards_B, valid_B = rewards_of(scored, config)
+    usable_B = usable_samples(rewards_B, valid_B, method.group_size, drop_equal_groups=method.drop_equal_groups)
+    num_tokens_B = torch.tensor([r.num_tokens for s in scored for r in s.group.rollouts])
+    positions_C = torch.arange(config.sampling.completion_tokens)
+    loss_mask_BC = (positions_C < num_tokens_B[:, None]) & usable_B[:, None]
+    return TrainBatch(
+        scoring=concat_batches(list(scoring)),
+        loss_mask_BC=loss_mask_BC,
+        advantages_B=ADVANTAGES[method.advantage](rewards_B, valid_B, method.group_size),
+        ref_logprobs_IBC=torch.cat(list(ref_logprobs), dim=1) if ref_logprobs else None,
+        num_loss_tokens=max(int(loss_mask_BC.sum()), 1),
+    )
+
+
+def rewards_of(scored: Sequence[ScoredGroup], config: RLConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards float32 [B] and which are valid, bool [B]. In the control experiment (`reward.shuffle_within_group`)
+    they are permuted within each group, so that they say nothing about their completions."""
+    rewards, valid = [], []
+    for group in scored:
+        row = torch.tensor([j.reward for j in group.judgements], dtype=torch.float32)
+        row_valid = torch.tensor([j.valid for j in group.judgements])
+        if config.reward.shuffle_within_group:
+            seed = derive_seed(config.seed, "shuffle", group.group.ordinal)
+            order = torch.randperm(len(row), generator=torch.Generator().manual_seed(seed))
+            row, row_valid = row[order], row_valid[order]
+        rewards.append(row)
+        valid.append(row_valid)
+    return torch.cat(rewards), torch.cat(valid)
+
+
+def rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
+    """What a line of metrics.jsonl says about the rollouts of a step. Means are over judged samples."""
+    judgements = [j for s in scored for j in s.judgements]
+    judged = [j for j in judgements if j.valid]
+    statuses = [status for j in judged for status in j.statuses or ()]
+    counts = {f"verdicts/{name}": statuses.count(name) for name in sorted(set(statuses))}
+    equal = [len({j.reward for j in s.judgements if j.valid}) <= 1 for s in scored]
+    lengths = [r.num_tokens for s in scored for r in s.group.rollouts]
+    num_judged = max(len(judged), 1)
+    return {
+        "reward/mean": sum(j.reward for j in judged) / num_judged,
+        "reward/pass_rate": sum(j.pass_rate for j in judged) / num_judged,
+        "reward/solved_frac": sum(j.pass_rate == 1.0 for j in judged) / num_judged,
+        "reward/format": sum(j.format for j in judged) / num_judged,
+        "reward/equal_groups_frac": sum(equal) / len(equal),
+        "sandbox/infra_error_frac": 1 - len(judged) / len(judgements),
+        "rollout/completion_tokens": sum(lengths) / len(lengths),
+        **counts,
+    }
