@@ -22,7 +22,6 @@ from diffrl.diffusion import diffusion_loss, draw_mask_ratios, forward_process
 from diffrl.models.dream import DreamModel
 from diffrl.schedule import cosine_lr
 from diffrl.seeds import derive_seed
-from diffrl.seeds import derive_seed
 
 Metrics = dict[str, float]
 

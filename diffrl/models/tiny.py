@@ -112,7 +112,9 @@ def start_as_copier(model: DreamModel, generator: torch.Generator, strength: flo
     """Let every attention head begin by passing on what it looks at: o_proj is the transpose of an orthogonal v_proj.
 
     Constants must be copied from the prompt, which is learned in fewer steps from this start ("mimetic initialization",
-    XX"""
+    arXiv 2305.09828). K key-value heads of size H (X = K * H) are each shared by `sharing` query heads (Y = X * sharing);
+    D is the hidden size.
+    """
     weights = dict(model.backbone.model.layers.named_parameters())
     for layer in range(len(model.backbone.model.layers)):
         value_XD = weights[f"{layer}.self_attn.v_proj.weight"]
