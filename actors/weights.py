@@ -102,7 +102,7 @@ class WeightStore:
     """Owns the published buckets."""
 
     def __init__(self):
-        self._versions: dict[int, Weights] = {}
+        self.versions: dict[int, Weights] = {}
 
     @ray.method
     def put(
@@ -116,7 +116,7 @@ class WeightStore:
             hashes=tuple(digest(bucket) for bucket in buckets),
             buckets=tuple(ray.put(bucket) for bucket in buckets),
         )
-        self._versions[version] = weights
-        recent = sorted(self._versions)[-KEPT_VERSIONS:]
-        self._versions = {v: w for v, w in self._versions.items() if v in recent or v in pinned}
+        self.versions[version] = weights
+        recent = sorted(self.versions)[-KEPT_VERSIONS:]
+        self.versions = {v: w for v, w in self.versions.items() if v in recent or v in pinned}
         return weights

@@ -5,13 +5,12 @@ Where `format_score` differs from the release on purpose, the difference is pred
 """
 
 import ast
-import json
 import re
 import warnings
 
 from diffrl.analysis import global_ar_ness, local_ar_ness
 from diffrl.prompts import extract_code, format_score
-from tests.golden_files import golden_dir
+from tests.golden_files import golden_json
 
 BLANKS = " \t\r\n"
 END_TOKEN = re.compile(r"<\|(im_end|endoftext|dlm_pad|eot_id)\|>")
@@ -41,7 +40,7 @@ def parses(code: str) -> bool:
 
 
 def reward_cases() -> list[dict]:
-    cases = json.loads((golden_dir() / "reward/cases.json").read_text())["format_and_extract"]
+    cases = golden_json("reward/cases.json")["format_and_extract"]
     assert cases
     return cases
 
@@ -64,7 +63,7 @@ def test_golden_format_reward_python(subtests):
 
 
 def test_golden_ar_ness(subtests):
-    cases = json.loads((golden_dir() / "arness/cases.json").read_text())["cases"]
+    cases = golden_json("arness/cases.json")["cases"]
     assert cases
     for case in cases:
         with subtests.test(case["name"]):
