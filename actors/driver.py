@@ -15,12 +15,13 @@ from transformers import PreTrainedTokenizerFast
 from actors.evaluate import Evaluator, PassRates
 from actors.learner import Learner
 from actors.pool import GroupBuffer, Pipeline, Request
-from actors.prepare import Prepared, prepare, prompt_stream
+from actors.prepare import Prepared, prepare
 from actors.system import System
 from actors.telemetry import Telemetry
 from actors.weights import Weights, fetch
 from diffrl.batches import rollout_metrics, scoring_batch, train_batch
 from diffrl.config import RLConfig
+from diffrl.data.sources import prompt_stream
 from diffrl.models.dream import build_model, save_model
 from diffrl.models.tokens import special_id
 from diffrl.rollout_store import write_step

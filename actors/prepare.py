@@ -1,20 +1,16 @@
 """Everything that a user can get wrong is found here, before the first actor starts."""
 
-import random
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from diffrl.config import ProblemsConfig, RLConfig
-from diffrl.data.microcode import microcode_problems
-from diffrl.data.problems import load_problems
+from diffrl.config import RLConfig
+from diffrl.data.sources import problems_of
 from diffrl.errors import ConfigError
 from diffrl.models.loading import load_policy_tokenizer
 from diffrl.prompts import chat_ids
 from diffrl.run_folder import check_run_folder
-from diffrl.seeds import derive_seed
 from diffrl.types import Problem
 from sandbox.process import require_available
 from sandbox.types import SandboxUnavailableError
@@ -70,22 +66,3 @@ def prepare(config: RLConfig) -> Prepared:
         num_left_out=len(problems) - len(fitting),
         num_steps=config.train.steps or max(1, config.train.epochs * len(fitting) // prompts),
     )
-
-
-def problems_of(config: ProblemsConfig) -> list[Problem]:
-    if config.source == "microcode":
-        problems = microcode_problems(config.split, num_prompt_tests=config.num_prompt_tests)
-        return problems[: config.limit]
-    assert config.path is not None
-    return load_problems(config.source, config.path, num_prompt_tests=config.num_prompt_tests, limit=config.limit)
-
-
-def prompt_stream(problems: Sequence[Problem], seed: int) -> Iterator[tuple[int, Problem]]:
-    """(ordinal, problem) without end: every epoch is a permutation of its own."""
-    ordinal = 0
-    while True:
-        order = list(range(len(problems)))
-        random.Random(derive_seed(seed, "epoch", ordinal // len(problems))).shuffle(order)
-        for index in order:
-            yield ordinal, problems[index]
-            ordinal += 1

@@ -4,6 +4,7 @@ A failure of the judge is never a reward: the sample comes back without statuses
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import ray
 
@@ -43,14 +44,14 @@ class RewardWorker:
             try:
                 verdict = self.sandbox.judge(submission(problem, code, f"{problem.id}/{index}", self.limits))
             except SandboxError as error:
-                return Judgement(reward=0.0, format=0.0, pass_rate=0.0, statuses=None, cpu_s=0.0, detail=str(error))
+                return replace(NOT_JUDGED, detail=str(error))
             statuses = tuple(str(status) for status in verdict.statuses)
             cpu_s, detail = verdict.cpu_s, next((d for d in verdict.details if d), "")
         reward, components = total_reward(text, statuses, self.weights)
         return Judgement(
             reward=reward,
             format=components["format"],
-            pass_rate=sum(s == "passed" for s in statuses) / len(statuses),
+            pass_rate=components["pass_rate"],
             statuses=statuses,
             cpu_s=cpu_s,
             detail=detail,

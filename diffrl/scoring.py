@@ -59,11 +59,11 @@ def shared_view_logprobs(model: nn.Module, batch: ScoringBatch, mask_BL: Tensor,
         [torch.zeros_like(prompt_NP, dtype=torch.bool), torch.ones_like(masked_NC, dtype=torch.bool)], 1
     )
     logits_XV = model(torch.cat([prompt_NP, masked_NC], dim=1), mask_BL[::group_size], select_NL).float()
-    logits_N1CV = logits_XV.reshape(-1, 1, num_tokens, logits_XV.shape[-1])
-    targets_NGC = batch.completion_ids_BC.reshape(-1, group_size, num_tokens)
+    logits_NCV = logits_XV.reshape(-1, num_tokens, logits_XV.shape[-1])
+    targets_NCG = batch.completion_ids_BC.reshape(-1, group_size, num_tokens).transpose(1, 2)
     # One normaliser per position serves all siblings; only their target logits differ.
-    picked_NGC = logits_N1CV.expand(-1, group_size, -1, -1).gather(-1, targets_NGC[..., None]).squeeze(-1)
-    return (picked_NGC - logits_N1CV.logsumexp(-1)).reshape(num_rows, num_tokens)
+    logprobs_NCG = logits_NCV.gather(-1, targets_NCG) - logits_NCV.logsumexp(-1, keepdim=True)
+    return logprobs_NCG.transpose(1, 2).reshape(num_rows, num_tokens)
 
 
 def slice_rows(batch: ScoringBatch, start: int, stop: int) -> ScoringBatch:

@@ -73,7 +73,7 @@ class Judgement:
 
     reward: float  # 0.0 and meaningless when not valid
     format: float
-    pass_rate: float
+    pass_rate: float  # share of graded tests that passed; 0 unless the format is right
     statuses: tuple[str, ...] | None
     cpu_s: float
     detail: str = ""

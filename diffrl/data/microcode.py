@@ -4,14 +4,16 @@ A family is one row of `FAMILIES`: what the function returns in words, the right
 it. Two slots are filled from eleven values each, never twice the same: 110 bodies a family, 3,630 in all. `{a}` and
 `{b}` are numbers 2 to 12; `{p}` and `{q}` are letters, which take the same places.
 
-The splits `train`, `validation` (settings are chosen on it) and `held_out` (reported) share no prompt and no solution,
-and hold every family in the same number.
+The splits are `train`, `validation` (settings are chosen on it) and `held_out` (reported). The last two hold every family
+in the same number. No training problem shares its prompt with them, and no training solution passes the tests of one of
+them, however it is written: (x + 2) * 3 would solve a reserved x * 3 + 6.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from types import CodeType
 
 from diffrl.types import Problem
 
@@ -86,7 +88,7 @@ FAMILIES = (
            ("return sum(v < {a} for v in xs) + {b}", "return sum(v >= {a} for v in xs) + {b}")),
     Family("extremes", "xs", "{a} times the largest element of xs plus {b} times the smallest",
            "return {a} * max(xs) + {b} * min(xs)",
-           ("return {a} * max(xs) - {b} * min(xs)", "return {a} * min(xs) + {b} * max(xs)")),
+           ("return {a} * max(xs) - {b} * min(xs)", "return {a} * min(xs) - {b} * max(xs)")),
     Family("extended", "xs", "xs with {a} and {b} added at the end", "return xs + [{a}, {b}]",
            ("return xs + [{a} + {b}]", "return [{a}, {b}] + xs")),
     Family("difference", "xs", "the element of xs at index {a} minus the one at index {b}",
@@ -156,11 +158,6 @@ def microcode_problems(split: str, seed: int = 0, *, num_prompt_tests: int = 0) 
     return problems
 
 
-def reserved_solutions(seed: int = 0) -> frozenset[str]:
-    """Solutions of validation and held-out problems: no training text may contain one."""
-    return frozenset(e.solution for split in SPLITS[1:] for e in microcode_exercises(split, seed))
-
-
 def microcode_exercises(split: str, seed: int = 0) -> tuple[Exercise, ...]:
     """The exercises of a split, families mixed. Raises ValueError for an unknown split."""
     if split not in SPLITS:
@@ -178,9 +175,46 @@ def _all_splits(seed: int) -> dict[str, tuple[Exercise, ...]]:
             split = "held_out" if rank < HELD_OUT_PER_FAMILY else "validation"
             split = "train" if rank >= 2 * HELD_OUT_PER_FAMILY else split
             splits[split].append(make_exercise(family, first, second))
+    tests = reserved_tests([*splits["validation"], *splits["held_out"]])
+    splits["train"] = [e for e in splits["train"] if not passes_any(e.solution, tests[e.argument])]
     for split, exercises in splits.items():
         random.Random(f"{seed}/{split}").shuffle(exercises)
     return {split: tuple(exercises) for split, exercises in splits.items()}
+
+
+@cache
+def solves_reserved(program: str, argument: str, seed: int = 0) -> bool:
+    """Whether a program of our own templates passes all tests of a validation or held-out problem with that argument."""
+    return passes_any(program, _reserved_tests_of(seed)[argument])
+
+
+@cache
+def _reserved_tests_of(seed: int) -> dict[str, list[list[CodeType]]]:
+    splits = _all_splits(seed)
+    return reserved_tests([*splits["validation"], *splits["held_out"]])
+
+
+def reserved_tests(exercises: Sequence[Exercise]) -> dict[str, list[list[CodeType]]]:
+    """Argument -> compiled tests of each exercise that takes it."""
+    tests: dict[str, list[list[CodeType]]] = {}
+    for exercise in exercises:
+        compiled = [compile(test, exercise.id, "exec") for test in exercise_tests(exercise)]
+        tests.setdefault(exercise.argument, []).append(compiled)
+    return tests
+
+
+def passes_any(program: str, tests: Sequence[Sequence[CodeType]]) -> bool:
+    """Whether the program passes all tests of at least one problem."""
+
+    def holds(test: CodeType) -> bool:
+        try:
+            exec(test, namespace)  # our own templates, nothing from outside
+        except Exception:  # a wrong program may raise anything
+            return False
+        return True
+
+    namespace = {"f": compile_f(program)}
+    return any(all(holds(test) for test in problem) for problem in tests)
 
 
 def slot_values(family: Family) -> list[tuple[str, str]]:

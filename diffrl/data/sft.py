@@ -3,13 +3,13 @@
 A share of the bodies is wrong, with mistakes that are typical of the problem, and a share of the completions breaks
 the format. A model tuned on it imitates both, so a policy before RL has something left to learn from unit tests.
 
-No completion contains a solution of a validation or held-out problem. That needs care: a slipped constant turns a
-training solution into another problem's, which may be one of those. Such a row is drawn again.
+No completion is a program that solves a validation or held-out problem. That needs care: a mistake or a slipped
+constant turns a training solution into another problem's, which may be one of those. Such a row is drawn again.
 """
 
 import random
 
-from diffrl.data.microcode import FAMILIES, Exercise, microcode_exercises, reserved_solutions
+from diffrl.data.microcode import FAMILIES, Exercise, microcode_exercises, solves_reserved
 
 # Share of wrong bodies of a family, relative to the mean, family by family in turn: in some the mistake is the rule.
 UNEVENNESS = (1.25, 1.0, 0.75)
@@ -25,19 +25,18 @@ def sft_rows(
     *, seed: int, num_copies: int = 4, wrong_share: float = 0.45, broken_share: float = 0.08, split_seed: int = 0
 ) -> list[tuple[str, str]]:
     """(prompt, completion) pairs: every training problem `num_copies` times, each copy with its own noise, shuffled."""
-    reserved = reserved_solutions(split_seed)
     share = {f.name: wrong_share * UNEVENNESS[i % len(UNEVENNESS)] for i, f in enumerate(FAMILIES)}
     rng = random.Random(f"sft/{seed}")
     rows = []
     for _ in range(num_copies):
         for exercise in microcode_exercises("train", split_seed):
-            code = noisy_code(exercise, min(share[exercise.family], 1.0), rng, reserved)
+            code = noisy_code(exercise, min(share[exercise.family], 1.0), rng, split_seed)
             rows.append((exercise.prompt, broken(code, rng) if rng.random() < broken_share else fenced(code)))
     rng.shuffle(rows)
     return rows
 
 
-def noisy_code(exercise: Exercise, wrong_share: float, rng: random.Random, reserved: frozenset[str]) -> str:
+def noisy_code(exercise: Exercise, wrong_share: float, rng: random.Random, split_seed: int) -> str:
     """The solution, or with probability `wrong_share` a wrong program that solves no reserved problem either."""
     if rng.random() >= wrong_share:
         return exercise.solution
@@ -46,7 +45,7 @@ def noisy_code(exercise: Exercise, wrong_share: float, rng: random.Random, reser
             code = rng.choice(exercise.slips)
         else:
             code = exercise.mistakes[0 if rng.random() < FIRST_MISTAKE_SHARE else 1]
-        if code not in reserved:
+        if not solves_reserved(code, exercise.argument, split_seed):
             return code
 
 

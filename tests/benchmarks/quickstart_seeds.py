@@ -139,6 +139,7 @@ def main() -> None:
             "",
         ]
     )
+    RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(text)
     print(text)
 

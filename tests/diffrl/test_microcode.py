@@ -1,10 +1,15 @@
 """The generated problems: solutions pass, mistakes fail, splits are disjoint, no training text gives an answer away."""
 
+import re
 from collections import Counter
+from functools import cache
+from pathlib import Path
+from types import CodeType
 
 import pytest
 
-from diffrl.data.corpus import microcode_text, stdlib_text
+from diffrl.config import AnyConfig, PretrainConfig, RLConfig, SftConfig
+from diffrl.config_file import load_config
 from diffrl.data.microcode import (
     FAMILIES,
     NUM_TESTS,
@@ -13,10 +18,13 @@ from diffrl.data.microcode import (
     exercise_tests,
     microcode_exercises,
     microcode_problems,
-    reserved_solutions,
+    solves_reserved,
 )
 from diffrl.data.sft import sft_rows
+from diffrl.data.sources import corpus_text, instruction_pairs, problems_of
+from diffrl.models.loading import tokenizer_texts
 from diffrl.prompts import extract_code, format_score
+from diffrl.types import Problem
 
 
 def passed(program: str, tests: tuple[str, ...]) -> list[bool]:
@@ -46,11 +54,14 @@ def test_every_mistake_and_slip_fails_a_test_that_is_graded_even_when_one_is_sho
 
 
 def test_splits_share_no_prompt_and_no_solution_and_are_balanced():
-    assert (
-        len({e.prompt for e in ALL}) == len({e.solution for e in ALL}) == len({e.id for e in ALL}) == len(ALL) == 3630
-    )
-    for split, per_family in zip(SPLITS, (92, 9, 9), strict=True):
-        assert Counter(e.family for e in microcode_exercises(split)) == {f.name: per_family for f in FAMILIES}
+    assert len({e.prompt for e in ALL}) == len({e.solution for e in ALL}) == len({e.id for e in ALL}) == len(ALL)
+    for split in SPLITS[1:]:
+        assert Counter(e.family for e in microcode_exercises(split)) == {f.name: 9 for f in FAMILIES}
+    # 92 each, less the few that are a reserved problem in other words
+    counts = Counter(e.family for e in microcode_exercises("train"))
+    assert sum(counts.values()) == 3016
+    fewer = {family: 92 - count for family, count in counts.items() if count < 92}
+    assert fewer == {"affine": 1, "at_most": 6, "divisible": 10, "quotient": 1, "scaled_sum": 2}
 
 
 def test_the_split_depends_on_the_seed_alone():
@@ -76,19 +87,81 @@ def test_an_unknown_split_names_the_splits():
         microcode_problems("test")
 
 
-def test_no_reserved_solution_in_the_corpus():
-    text = microcode_text(seed=3) + stdlib_text(300_000)
-    assert all(e.solution in text for e in microcode_exercises("train"))
-    assert not [solution for solution in reserved_solutions() if contains_program(text, solution)]
+def quickstart_config(stage: str, *overrides: str) -> AnyConfig:
+    return load_config(Path(__file__).parents[2] / "configs" / f"quickstart{stage}.yaml", overrides)
 
 
-def test_no_reserved_solution_in_noisy_instruction_rows():
-    rows = sft_rows(seed=5, num_copies=3, wrong_share=0.7, broken_share=0.3)
-    programs = {line.strip("`\n").removeprefix("python\n") for _, line in rows}
-    assert not programs & reserved_solutions()
-    text = "\n\n".join(completion for _, completion in rows)
-    assert not [solution for solution in reserved_solutions() if contains_program(text, solution)]
-    assert not {prompt for prompt, _ in rows} & {e.prompt for s in SPLITS[1:] for e in microcode_exercises(s)}
+@cache
+def reserved() -> list[Problem]:
+    return microcode_problems("validation") + microcode_problems("held_out")
+
+
+def test_reserved_problems_are_in_no_text_that_is_trained_on():
+    """Of the quickstart as it is configured: pre-training text, and what the tokenizer is trained on."""
+    config = quickstart_config("_pretrain")
+    assert isinstance(config, PretrainConfig)
+    text = "\n\n".join([corpus_text(config.data), *tokenizer_texts()])
+    assert all(e.solution in text and e.prompt in text for e in microcode_exercises("train"))
+    assert not [p.id for p in reserved() if p.prompt in text or contains_program(text, str(p.solution))]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_reserved_problems_are_in_no_instruction_row(seed: int):
+    """Of the quickstart as it is configured: no prompt, no solution, and no program that would pass a reserved problem's
+    tests, after all corruption."""
+    config = quickstart_config("_sft", f"seed={seed}")
+    assert isinstance(config, SftConfig)
+    rows = instruction_pairs(config.data, config.seed)
+    assert not {prompt for prompt, _ in rows} & {p.prompt for p in reserved()}
+    argument = {e.prompt: e.argument for e in microcode_exercises("train")}
+    programs = {(argument[prompt], completion.strip("`\n").removeprefix("python\n")) for prompt, completion in rows}
+    assert len(programs) > 3000
+    assert not programs & {(a, str(p.solution)) for p in reserved() for a in ("x", "xs", "s")}
+    passing = [
+        (program, problem_id)
+        for name, program in programs
+        for problem_id in solved(program, [p for p in reserved() if p.prompt.startswith(f"Write f({name})")])
+    ]
+    assert not passing
+
+
+def test_reserved_problems_are_not_among_those_of_rl():
+    config = quickstart_config("")
+    assert isinstance(config, RLConfig) and config.report is not None
+    trained = problems_of(config.data)
+    assert problems_of(config.report.problems) == microcode_problems("held_out")
+    assert not {p.prompt for p in trained} & {p.prompt for p in reserved()}
+    assert not {p.solution for p in trained} & {p.solution for p in reserved()}
+
+
+def test_the_check_for_leaks_finds_one():
+    """(x + 2) * 3 and x * 3 + 6 are one solution."""
+    held_out = next(p for p in reserved() if p.family == "affine")
+    assert held_out.solution is not None and solves_reserved(held_out.solution, "x")
+    first, second = (int(n) for n in re.findall(r"\d+", held_out.solution.split("return")[1]))
+    assert solves_reserved(f"def f(x):\n    return {first} * x - -{second}", "x")
+    assert not solves_reserved("def f(x):\n    return 0 * x - 77", "x")
+    assert contains_program(f"# text\n{held_out.solution}\n", held_out.solution)
+
+
+@cache
+def compiled_tests(problem_id: str, tests: tuple[str, ...]) -> list[CodeType]:
+    return [compile(test, problem_id, "exec") for test in tests]
+
+
+def solved(program: str, problems: list[Problem]) -> list[str]:
+    """Ids of the problems whose tests the program passes, all of them."""
+    space: dict = {}
+    exec(program, space)
+
+    def passes(test: CodeType) -> bool:
+        try:
+            exec(test, space)
+        except Exception:
+            return False
+        return True
+
+    return [p.id for p in problems if all(passes(test) for test in compiled_tests(p.id, p.reward_tests))]
 
 
 def contains_program(text: str, program: str) -> bool:
