@@ -52,7 +52,7 @@ def evaluate(
     allow_unisolated: Annotated[bool, typer.Option(help="judge without bubblewrap")] = False,
 ) -> None:
     """Judge a benchmark's solutions in the sandbox."""
-    from actors.benchmark import judge_solutions
+    from actors.commands import judge_solutions
 
     judge_solutions(benchmark, data, solutions, allow_unisolated=allow_unisolated)
 
@@ -68,7 +68,7 @@ def generate(
     seed: int = 0,
 ) -> None:
     """Sample completions of one prompt in this process."""
-    from actors.benchmark import generate_texts
+    from actors.commands import generate_texts
 
     for text in generate_texts(model, prompt, steps, tokens, temperature, samples, seed):
         print(text)

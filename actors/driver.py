@@ -37,14 +37,20 @@ def train(config: RLConfig, *, dry_run: bool = False) -> None:
         print(f"ready: {len(prepared.problems)} problems, {prepared.num_steps} steps; nothing was started")
         return
     folder = create_run_folder(config)
-    with System(config, prepared.tokenizer) as system, Telemetry(folder, prepared.num_steps) as telemetry:
-        Run(prepared, folder, system, telemetry).train()
+    with (
+        System(config, prepared.tokenizer) as system,
+        Learner(config, prepared.tokenizer, prepared.num_steps) as learner,
+        Telemetry(folder, prepared.num_steps) as telemetry,
+    ):
+        summary = Run(prepared, folder, system, learner, telemetry).train()
+    if summary is not None:
+        print(summary, flush=True)  # last: by now no actor can print anything behind it
 
 
 class Run:
     """State of a run between two steps: the published weights, the reference, the buffer, the place in the prompts."""
 
-    def __init__(self, prepared: Prepared, folder: Path, system: System, telemetry: Telemetry):
+    def __init__(self, prepared: Prepared, folder: Path, system: System, learner: Learner, telemetry: Telemetry):
         self.prepared = prepared
         self.config = prepared.config
         self.folder = folder
@@ -52,13 +58,14 @@ class Run:
         self.telemetry = telemetry
         self.pad_token_id = special_id(prepared.tokenizer, "pad")
         self.pipeline = Pipeline(system.rollouts, system.judges, judge_attempts=self.config.sandbox.attempts)
-        self.learner = Learner(self.config, prepared.tokenizer, prepared.num_steps)
+        self.learner = learner
+        learner.start()
         system.wait_ready()
         self.weights = self.learner.publish(system.store, ())
         self.reference = self.weights
         self.buffer = GroupBuffer(self.config.train.prompts_per_step * (self.config.rollout.max_staleness + 1))
         self.prompts = prompt_stream(prepared.problems, self.config.seed)
-        self.evaluator = Evaluator(self.pipeline, self.config)
+        self.evaluator = Evaluator(system.rollouts, system.judges, self.config)
         self.best: tuple[float, int] | None = None  # pass@1 and step
         if prepared.num_left_out:
             telemetry.say(
@@ -68,21 +75,15 @@ class Run:
         if self.config.model.path is None:
             telemetry.say("model.path is not set: a tiny model starts from random weights")
 
-    def train(self) -> None:
-        """All steps, with the evaluations and reports that the config asks for."""
+    def train(self) -> str | None:
+        """All steps, with the evaluations and reports that the config asks for; the report in one line."""
         before = self.report("before") if self.config.report else None
         for step in range(self.prepared.num_steps):
             self.step(step)
             if self.evaluate(step):
-                self.telemetry.say(
-                    f"no better evaluation since step {self.best[1]}: stopped" if self.best else "stopped"
-                )
                 break
         self.export("model")
-        summary = None if before is None else self.evaluator.summary(before, self.report("after"))
-        self.learner.close()
-        if summary is not None:
-            self.telemetry.last_line(summary)
+        return None if before is None else self.evaluator.summary(before, self.report("after"))
 
     def step(self, step: int) -> None:
         """One iteration of the algorithm box: sample, judge and score, learn, publish."""
@@ -157,11 +158,15 @@ class Run:
         if self.best is None or rates.pass_at(1) > self.best[0]:
             self.best = (rates.pass_at(1), step)
             self.export("best")
-        return patience is not None and (step - self.best[1]) // every >= patience
+        if patience is None or (step - self.best[1]) // every < patience:
+            return False
+        self.telemetry.say(f"no better evaluation since step {self.best[1] + 1}: stopped")
+        return True
 
     def report(self, when: str) -> dict[str, PassRates]:
         """Every number of the last line, for the current weights."""
         assert self.config.report is not None
+        self.telemetry.say(f"{when} training: evaluating {len(self.prepared.report_problems)} held-out problems")
         train = self.prepared.problems[:: max(1, len(self.prepared.problems) // self.config.report.num_train_problems)]
         rates = self.evaluator.report(
             self.prepared.report_problems, train[: self.config.report.num_train_problems], self.weights

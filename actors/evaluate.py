@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from actors.pool import Pipeline, Request
+from actors.pool import Pipeline, Request, WorkerPool
 from actors.weights import Weights
 from diffrl.analysis import paired_bootstrap, pass_at_k
 from diffrl.config import RLConfig
@@ -12,6 +12,7 @@ from diffrl.seeds import derive_seed
 from diffrl.types import Problem
 
 REPORT_TEMPERATURES = (1.0, 0.4)
+EVALUATION_ATTEMPTS = 5  # times those of a training step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +41,11 @@ class PassRates:
 
 
 class Evaluator:
-    """Pass rates of one version of the policy."""
+    """Pass rates of one version of the policy. Every sample must be judged, so the judge is tried more often than in a
+    step of training, where a sample may be left out."""
 
-    def __init__(self, pipeline: Pipeline, config: RLConfig):
-        self.pipeline = pipeline
+    def __init__(self, rollouts: WorkerPool, judges: WorkerPool, config: RLConfig):
+        self.pipeline = Pipeline(rollouts, judges, judge_attempts=EVALUATION_ATTEMPTS * config.sandbox.attempts)
         self.config = config
 
     def pass_rates(
@@ -101,6 +103,6 @@ class Evaluator:
         return (
             f"held-out pass@1 {change(key)}, gain {100 * gain:+.1f} [95% {100 * low:.1f}..{100 * high:.1f}] "
             f"at temperature 1.0 (at 0.4: {change('held_out/t0.4')}; greedy: {change('held_out/greedy')}; "
-            f"pass@8: {change(key, min(8, before[key].num_samples))}; training problems: {change('train/t1.0')}), "
+            f"pass@8: {change(key, 8)}; training problems: {change('train/t1.0')}), "
             f"seed {self.config.seed}"
         )

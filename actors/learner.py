@@ -10,7 +10,7 @@ number of tokens: losses are multiplied by both counts before the backward pass.
 import os
 import socket
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import ray
 import torch
@@ -203,6 +203,9 @@ class Learner:
             Rank.remote(config, tokenizer, rank=rank, total_steps=total_steps)
             for rank in range(config.learner.num_ranks)
         ]
+
+    def start(self) -> None:
+        """Build the engines; what a rank's constructor raised is raised here."""
         address, port = ray.get(self.ranks[0].rendezvous.remote())
         ray.get([rank.start.remote(address, port) for rank in self.ranks])
 
@@ -218,6 +221,9 @@ class Learner:
     def publish(self, store, pinned: tuple[int, ...]) -> Weights:
         return ray.get(self.ranks[0].publish.remote(store, pinned))
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
         for rank in self.ranks:
             kill(rank)

@@ -1,8 +1,8 @@
 """Pools of interchangeable workers that may die, and the pipeline sample -> judge that runs on two of them.
 
 Work is a pure function of its arguments (seeds and weights travel in the call), so a call whose worker died is simply
-made again on another one. Results are handed on as object references: a group goes from sampler to judge without
-passing through the driver.
+made again on another one. A sampled group goes on to the judge as an object reference, from node to node; the driver
+reads it too, to draw its views.
 """
 
 from collections import deque
@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError
 
 from actors.weights import Weights
 from diffrl.sampler import SamplingParams
 from diffrl.types import Problem, RolloutGroup, ScoredGroup
 
+# How Ray says that a worker, or the node with its results, is gone.
+WORKER_LOST = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 MAX_IN_FLIGHT = 2  # per worker: one running, one waiting, so that a worker never idles between calls
 MAX_DEATHS = 3  # of workers in a row without a single result, per worker of the pool
 
@@ -77,7 +79,7 @@ class WorkerPool:
         call, slot, worker = self.running.pop(ref)
         try:
             value = ray.get(ref)
-        except (RayActorError, ObjectLostError) as error:  # the one failure that is expected here: a worker is gone
+        except WORKER_LOST as error:  # the one failure that is expected here
             self.replace(slot, worker, error)
             self.waiting.appendleft(call)
             self.dispatch()
@@ -111,7 +113,7 @@ class WorkerPool:
                 try:
                     results[slot] = ray.get(refs[slot])
                     break
-                except RayActorError as error:
+                except WORKER_LOST as error:
                     self.replace(slot, workers[slot], error)
                     workers[slot] = self.workers[slot]
                     refs[slot] = getattr(workers[slot], method).remote(*args)
@@ -145,7 +147,7 @@ class Pipeline:
         on_also: Callable[[Hashable, Any], None] = lambda key, value: None,
     ) -> Iterator[ScoredGroup]:
         """Sample and judge. `on_sampled` sees each group as soon as it exists, and may submit work about it to the
-        pool `also`, whose results go to `on_also` before the last group is yielded.
+        pool `also`, whose results have all gone to `on_also` when the iteration ends.
         """
         for request in requests:
             self.rollouts.submit(

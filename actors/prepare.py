@@ -1,14 +1,16 @@
 """Everything that a user can get wrong is found here, before the first actor starts."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from diffrl.config import RLConfig
 from diffrl.data.sources import problems_of
 from diffrl.errors import ConfigError
-from diffrl.models.loading import load_policy_tokenizer
+from diffrl.models.loading import check_policy, load_policy_tokenizer
 from diffrl.prompts import chat_ids
 from diffrl.run_folder import check_run_folder
 from diffrl.types import Problem
@@ -30,11 +32,13 @@ class Prepared:
 
 
 def prepare(config: RLConfig) -> Prepared:
-    """Load tokenizer and problems, check that they go together. Raises ConfigError; starts nothing."""
+    """Load tokenizer and problems, check that they and the model go together. Raises ConfigError; starts nothing."""
     try:
-        check_run_folder(Path(config.run_dir))
+        check_run_folder(Path(config.run_dir), config.model.path)
+        check_devices(config)
         require_available(config.sandbox.allow_unisolated)
         tokenizer = load_policy_tokenizer(config.model)
+        check_policy(config.model, tokenizer)
         problems = problems_of(config.data)
         fitting = [p for p in problems if len(chat_ids(tokenizer, p)) <= config.data.max_prompt_tokens]
         if not fitting:
@@ -58,7 +62,7 @@ def prepare(config: RLConfig) -> Prepared:
             )
     prompts = config.train.prompts_per_step
     return Prepared(
-        config=config,
+        config=absolute_model_path(config),
         tokenizer=tokenizer,
         problems=fitting,
         eval_problems=held_out[0],
@@ -66,3 +70,25 @@ def prepare(config: RLConfig) -> Prepared:
         num_left_out=len(problems) - len(fitting),
         num_steps=config.train.steps or max(1, config.train.epochs * len(fitting) // prompts),
     )
+
+
+def check_devices(config: RLConfig) -> None:
+    """A cluster that is not there yet may grow; this machine will not."""
+    needed = (
+        config.rollout.num_workers * config.rollout.gpus_per_worker
+        + config.reference.gpus
+        + config.learner.num_ranks * config.learner.gpus_per_rank
+    )
+    if needed > torch.cuda.device_count() and not (config.ray.address or os.environ.get("RAY_ADDRESS")):
+        raise ConfigError(
+            f"rollout, reference and learner: {needed:g} GPUs are asked for and this machine has "
+            f"{torch.cuda.device_count()}; join a cluster (ray.address) or set the gpus keys to 0"
+        )
+
+
+def absolute_model_path(config: RLConfig) -> RLConfig:
+    """Actors may start in another folder than the driver."""
+    if config.model.path is None:
+        return config
+    model = config.model.model_copy(update={"path": str(Path(config.model.path).resolve())})
+    return config.model_copy(update={"model": model})

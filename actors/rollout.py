@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from actors.weights import PolicyHolder, Weights
 from diffrl.batches import pad_prompt
-from diffrl.models.tokens import end_ids, special_id
+from diffrl.models.tokens import decode, end_ids, length_with_end, special_id
 from diffrl.prompts import chat_ids
 from diffrl.sampler import SamplingParams, sample
 from diffrl.types import Problem, Rollout, RolloutGroup
@@ -75,16 +75,3 @@ class RolloutWorker:
             prompt_ids_P=prompt,
             rollouts=tuple(rollouts),
         )
-
-
-def length_with_end(ids_C: np.ndarray, ends: tuple[int, ...]) -> int:
-    """Number of tokens up to and including the first end token; the whole window when there is none."""
-    positions = np.flatnonzero(np.isin(ids_C, ends))
-    return int(positions[0]) + 1 if len(positions) else len(ids_C)
-
-
-def decode(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, ends: tuple[int, ...]) -> str:
-    body = [int(i) for i in ids if int(i) not in ends]
-    text = tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)
-    return text

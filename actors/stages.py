@@ -29,7 +29,7 @@ def train_supervised(config: PretrainConfig | SftConfig, *, dry_run: bool = Fals
     torch.set_num_threads(config.train.threads)
     started = time.perf_counter()
     try:
-        check_run_folder(Path(config.run_dir))
+        check_run_folder(Path(config.run_dir), config.model.path)
         tokenizer = load_policy_tokenizer(config.model)
         rows = supervised_rows(config, tokenizer)
         model = load_policy(config.model, tokenizer, seed=config.seed)

@@ -40,10 +40,6 @@ class Telemetry:
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def last_line(self, text: str) -> None:
-        self.progress.stop()
-        print(text, flush=True)
-
     def step(self, step: int, metrics: Mapping[str, float], times: Mapping[str, float]) -> None:
         """`times` is what may differ between equal runs: seconds and restarts."""
         self.metrics.write({"step": step, **metrics, **times})

@@ -1,7 +1,7 @@
 """Weights on their way from the learner to everybody else: flat buckets with a version and hashes, in Ray's object store.
 
-Whoever calls `ray.put` owns the object and takes it along when it dies, so a small actor beside the driver receives
-the buckets from learner rank 0, puts them and keeps the last two versions (and any that is pinned).
+Whoever calls `ray.put` owns the object and takes it along when it dies, so a small actor of its own receives the
+buckets from learner rank 0, puts them and keeps the last two versions (and any that is pinned).
 """
 
 from collections.abc import Sequence

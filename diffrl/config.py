@@ -173,7 +173,7 @@ class OptimConfig(Section):
     beta2: Fraction = 0.99
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     grad_norm: Annotated[float, Field(gt=0)] = 0.2
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # optimizer steps, of which a step of RL has num_iterations
     min_lr_ratio: Fraction = 0.1  # cosine down to this share of lr
 
 
@@ -308,6 +308,20 @@ class RLConfig(Section):
             None,
             "be set when stop.patience is",
         )
+        if self.report is not None:
+            reported = self.report.problems
+            for field, used in (("data", self.data), ("eval.problems", self.eval.problems)):
+                same = used is not None and (used.source, used.path, used.split) == (
+                    reported.source,
+                    reported.path,
+                    reported.split,
+                )
+                require(
+                    not same,
+                    "report.problems",
+                    reported.split if reported.path is None else reported.path,
+                    f"differ from {field}: what is reported must not be trained on or chosen by",
+                )
         if self.method.compat == "release":
             require(
                 self.method.advantage == "leave_one_out",

@@ -18,7 +18,7 @@ SCHEMA_VERSION = 1  # of the folder; raised with every change that an older read
 def create_run_folder(config: AnyConfig) -> Path:
     """Make `config.run_dir` and write config.yaml and run.json. Raises ConfigError for a folder we must not touch."""
     path = Path(config.run_dir)
-    check_run_folder(path)
+    check_run_folder(path, config.model.path)
     if path.exists() and any(path.iterdir()):
         move_aside(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -28,8 +28,12 @@ def create_run_folder(config: AnyConfig) -> Path:
     return path
 
 
-def check_run_folder(path: Path) -> None:
-    """Refuse a folder that is not a run's, or a run's that this version cannot read."""
+def check_run_folder(path: Path, model_path: str | None = None) -> None:
+    """Refuse a folder that is not a run's, a run's that this version cannot read, and one that holds the model to load."""
+    if model_path is not None and Path(model_path).resolve().is_relative_to(path.resolve()):
+        raise ConfigError(
+            f"run_dir: {path} holds model.path {model_path} and would be moved aside; choose another run_dir"
+        )
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not (path / "run.json").is_file():
@@ -65,7 +69,8 @@ def git_commit() -> str | None:
 
 
 class MetricsFile:
-    """metrics.jsonl: one line per step, keys sorted. Equal seeds and configs give equal lines, apart from `time/*`."""
+    """metrics.jsonl: a line per step and per evaluation, keys sorted. Equal seeds and configs give equal lines, apart
+    from `time/*` and `restarts/*`."""
 
     def __init__(self, run_folder: Path):
         self.path = run_folder / "metrics.jsonl"

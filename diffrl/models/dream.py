@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -138,8 +138,11 @@ def qwen2_config(raw: dict) -> Qwen2Config:
     return config
 
 
-def load_state_dict(path: Path) -> dict[str, Tensor]:
-    """All tensors of a Hugging Face folder; safetensors only, never a pickle. Raises ValueError for a missing file."""
+def load_state_dict(path: Path, *, meta: bool = False) -> dict[str, Tensor]:
+    """All tensors of a Hugging Face folder; safetensors only, never a pickle. Raises ValueError for a missing file.
+
+    With `meta` only the headers are read: the tensors have shapes and no contents.
+    """
     index = path / "model.safetensors.index.json"
     if index.exists():
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -151,13 +154,26 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
     if lacking:
         raise ValueError(f"no {lacking[0]} in the folder, which {index.name} names; download it")
     try:
-        return {k: v for name in files for k, v in load_file(path / name).items()}
+        read = read_shapes if meta else load_file
+        return {k: v for name in files for k, v in read(path / name).items()}
     except SafetensorError as error:  # a download that was cut off
         raise ValueError(f"a safetensors file cannot be read ({error}); download it again") from None
 
 
-def load_model(path: str | Path, *, mask_token_id: int | None = None, dtype: torch.dtype | None = None) -> DreamModel:
-    """Load a Dream or Qwen2 folder into a stock Qwen2 with full attention.
+def read_shapes(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the meta device."""
+    with safe_open(file, "pt") as tensors:
+        return {k: torch.empty(tensors.get_slice(k).get_shape(), device="meta") for k in tensors.keys()}  # noqa: SIM118
+
+
+def load_model(
+    path: str | Path,
+    *,
+    mask_token_id: int | None = None,
+    dtype: torch.dtype | None = None,
+    meta: bool = False,
+) -> DreamModel:
+    """Load a Dream or Qwen2 folder into a stock Qwen2 with full attention; with `meta` check it without its weights.
 
     `mask_token_id` is needed for folders whose config.json does not name one (plain Qwen2).
     Raises ValueError naming the file when the folder is not one, lacks tensors or has others.
@@ -172,7 +188,7 @@ def load_model(path: str | Path, *, mask_token_id: int | None = None, dtype: tor
             f"model.path: {path}/config.json names no mask_token_id; add it, or use a tokenizer with a mask token"
         )
     try:
-        model = build_model({**raw, "mask_token_id": int(mask_id)}, load_state_dict(path))
+        model = build_model({**raw, "mask_token_id": int(mask_id)}, load_state_dict(path, meta=meta))
     except ValueError as error:
         raise ValueError(f"model.path: {path}: {error}") from None
     return model.to(dtype) if dtype is not None else model

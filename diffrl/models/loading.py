@@ -11,6 +11,7 @@ from diffrl.data.microcode import microcode_exercises
 from diffrl.data.sft import fenced
 from diffrl.models.dream import DreamModel, check_bidirectional, load_model
 from diffrl.models.tiny import load_tokenizer, tiny_model, train_tokenizer
+from diffrl.models.tokens import special_id
 from diffrl.seeds import derive_seed
 
 
@@ -45,26 +46,37 @@ def tokenizer_texts() -> list[str]:
 
 def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> DreamModel:
     """The model of `model.path`, or a tiny one with random weights drawn from `seed`. Raises ValueError."""
-    dtype = getattr(torch, config.dtype)
     if config.path is not None:
-        assert isinstance(tokenizer.mask_token_id, int)
-        model = load_model(config.path, mask_token_id=tokenizer.mask_token_id, dtype=dtype)
-        if model.vocab_size < len(tokenizer):
-            raise ValueError(
-                f"model.path: {config.path} has {model.vocab_size} embeddings for a tokenizer of {len(tokenizer)} tokens"
-            )
+        model = load_folder(config, tokenizer)
     else:
         tiny = config.tiny
-        generator = torch.Generator().manual_seed(derive_seed(seed, "weights"))
         model = tiny_model(
             tokenizer,
-            generator=generator,
+            generator=torch.Generator().manual_seed(derive_seed(seed, "weights")),
             hidden_size=tiny.hidden_size,
             intermediate_size=tiny.intermediate_size,
             num_layers=tiny.num_layers,
             num_heads=tiny.num_heads,
             num_kv_heads=tiny.num_kv_heads,
             max_positions=tiny.max_length,
-        ).to(dtype)
+        ).to(getattr(torch, config.dtype))
     check_bidirectional(model)
+    return model
+
+
+def check_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Whether `load_policy` will find what it needs, without reading any weights. Raises ValueError."""
+    if config.path is not None:
+        load_folder(config, tokenizer, meta=True)
+
+
+def load_folder(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, meta: bool = False) -> DreamModel:
+    """The model of `model.path`, checked against its tokenizer."""
+    assert config.path is not None
+    mask_token_id = special_id(tokenizer, "mask")
+    model = load_model(config.path, mask_token_id=mask_token_id, dtype=getattr(torch, config.dtype), meta=meta)
+    if model.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"model.path: {config.path} has {model.vocab_size} embeddings for a tokenizer of {len(tokenizer)} tokens"
+        )
     return model

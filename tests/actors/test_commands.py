@@ -168,6 +168,7 @@ BAD_INPUT = {
     "wrong type": (["train.steps=many"], ["train.steps", "'many'"]),
     "group_size 1": (["method.group_size=1"], ["method.group_size", "1"]),
     "missing file": (["data.source=mbpp", "data.path=/nowhere.jsonl"], ["path", "/nowhere.jsonl"]),
+    "report on training data": (["report.problems.split=train"], ["report.problems", "train"]),
     "does not divide": (["train.prompts_per_step=7", "learner.num_ranks=2"], ["train.prompts_per_step", "7"]),
 }
 
@@ -190,6 +191,23 @@ def test_tokenizer_without_mask_token_is_refused(tuned_model: Path, tmp_path: Pa
     del settings["mask_token"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     refused(["train", "configs/quickstart.yaml", f"model.path={tmp_path}"], ["model.path", "mask token"], tmp_path)
+
+
+def test_a_model_that_does_not_fit_is_refused(tuned_model: Path, tmp_path: Path):
+    """Its weights are not read for that: headers and config.json say enough."""
+    for file in tuned_model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 3}))
+    refused(["train", "configs/quickstart.yaml", f"model.path={tmp_path}"], ["model.path", "layers.2"], tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    refused(["train", "configs/quickstart.yaml", f"model.path={tmp_path}"], ["model.path", "safetensors"], tmp_path)
+
+
+def test_gpus_that_are_not_there_are_refused(tmp_path: Path):
+    made = run("diffrl", "train", "configs/quickstart.yaml", "learner.gpus_per_rank=50", f"run_dir={tmp_path}/run")
+    assert made.returncode == 2 and made.stderr.count("\n") == 1
+    assert "100 GPUs are asked for" in made.stderr
 
 
 def refused(args: list[str], expected: list[str], tmp_path: Path) -> None:

@@ -127,15 +127,13 @@ def test_updates_equal_plain_torch(ray_cluster, tuned_model: Path, learner: dict
     tokenizer = load_policy_tokenizer(config.model)
     model = load_policy(config.model, tokenizer, seed=0)
     batches = [random_batch(config, len(tokenizer), seed) for seed in range(STEPS)]
-    group = Learner(config, tokenizer, STEPS)
     store = ray.remote(WeightStore).options(num_cpus=0.1).remote()
-    try:
+    with Learner(config, tokenizer, STEPS) as group:
+        group.start()
         results = [group.update(ray.put(batch)) for batch in batches]
         weights = group.publish(store, ())
         trained = fetch(weights)
-    finally:
-        group.close()
-        ray.kill(store)
+    ray.kill(store)
     expected = plain_updates(config, model, batches)
     assert [r.version for r in results] == [1, 2] and weights.version == 2
     for result, row in zip(results, expected, strict=True):
@@ -154,11 +152,9 @@ def test_compat_release_divides_by_local_token_counts(ray_cluster, tuned_model: 
     tokenizer = load_policy_tokenizer(config.model)
     model = load_policy(config.model, tokenizer, seed=0)
     batch = random_batch(config, len(tokenizer), 5)
-    group = Learner(config, tokenizer, STEPS)
-    try:
+    with Learner(config, tokenizer, STEPS) as group:
+        group.start()
         result = group.update(ray.put(batch))
-    finally:
-        group.close()
     assert batch.ref_logprobs_IBC is not None
     with torch.no_grad():
         logprobs = completion_logprobs(

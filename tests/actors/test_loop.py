@@ -1,12 +1,15 @@
 """The whole loop on real actors, judged by real verdicts; its numbers depend on nothing but seed and config."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
 
 from actors.driver import Run, train
+from actors.learner import Learner
+from actors.pool import Pipeline
 from actors.prepare import prepare
 from actors.system import System
 from actors.telemetry import Telemetry
@@ -14,7 +17,7 @@ from diffrl.config import RLConfig
 from diffrl.models.dream import load_model, load_state_dict
 from diffrl.rollout_store import read_all
 from diffrl.run_folder import create_run_folder
-from diffrl.types import RolloutGroup, ScoringBatch
+from diffrl.types import RolloutGroup, ScoredGroup, ScoringBatch
 from tests.actors.conftest import rl_config
 
 VOLATILE = ("time/", "restarts/")
@@ -76,6 +79,24 @@ def test_number_of_workers_changes_nothing(plain_run: Path, tuned_model, problem
     assert metric_lines(tmp_path / "two") == metric_lines(plain_run)
 
 
+class Backwards(Pipeline):
+    """Hands out finished groups in the reverse of the order in which they were asked for."""
+
+    def run(self, *args, **kwargs) -> Iterator[ScoredGroup]:
+        return iter(sorted(super().run(*args, **kwargs), key=lambda scored: -scored.group.ordinal))
+
+
+class OutOfOrder(Run):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.pipeline = Backwards(self.system.rollouts, self.system.judges, judge_attempts=1)
+
+
+def test_order_of_finishing_changes_nothing(plain_run: Path, tuned_model, problems_file, tmp_path):
+    run_with(OutOfOrder, rl_config(tuned_model, problems_file, tmp_path / "order"))
+    assert metric_lines(tmp_path / "order") == metric_lines(plain_run)
+
+
 class Interrupted(Run):
     """Loses workers in the middle of a step."""
 
@@ -90,8 +111,12 @@ class Interrupted(Run):
 def run_with(run_class: type[Run], config: RLConfig) -> Run:
     prepared = prepare(config)
     folder = create_run_folder(config)
-    with System(config, prepared.tokenizer) as system, Telemetry(folder, prepared.num_steps) as telemetry:
-        run = run_class(prepared, folder, system, telemetry)
+    with (
+        System(config, prepared.tokenizer) as system,
+        Learner(config, prepared.tokenizer, prepared.num_steps) as learner,
+        Telemetry(folder, prepared.num_steps) as telemetry,
+    ):
+        run = run_class(prepared, folder, system, learner, telemetry)
         run.train()
         return run
 
@@ -116,8 +141,10 @@ def test_two_learner_ranks_compute_the_same(plain_run: Path, tuned_model, proble
         for key in a:
             if key.startswith(("reward/", "verdicts/", "rollout/")):
                 assert a[key] == b[key], key
+            elif key.startswith(("loss/", "first/")):
+                assert a[key] == pytest.approx(b[key], abs=1e-5, rel=0), key
             else:
-                assert a[key] == pytest.approx(b[key], abs=1e-5, rel=1e-4), key
+                assert a[key] == pytest.approx(b[key], rel=1e-3), key
 
 
 def test_micro_batches_change_nothing(plain_run: Path, tuned_model, problems_file, tmp_path):

@@ -104,3 +104,12 @@ def test_metrics_are_one_line_per_step_with_sorted_keys(tmp_path):
     assert [json.loads(line) for line in lines[1:]] == [{"step": 2, "eval/pass": None, "note": "a\nb"}]
     MetricsFile(tmp_path).write({"step": 3})  # another process goes on where this one stopped
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_run_folder_that_holds_the_model_is_refused(tmp_path):
+    """Continuing from the last result with the same run_dir would move the model away before it is read."""
+    run = tmp_path / "run"
+    create_run_folder(config_for(run))
+    with pytest.raises(ConfigError, match=r"run_dir: .*model.path .*choose another run_dir"):
+        check_run_folder(run, str(run / "model"))
+    check_run_folder(run, str(tmp_path / "elsewhere" / "model"))

@@ -8,13 +8,12 @@ import numpy as np
 import torch
 
 from actors.reward import submission
-from actors.rollout import decode, length_with_end
 from diffrl.batches import pad_prompt
 from diffrl.benchmarks import benchmark_problems, canonical_code
 from diffrl.config import ModelConfig
 from diffrl.errors import ConfigError
 from diffrl.models.loading import load_policy, load_policy_tokenizer
-from diffrl.models.tokens import end_ids, special_id
+from diffrl.models.tokens import decode, end_ids, length_with_end, special_id
 from diffrl.prompts import chat_ids
 from diffrl.sampler import SamplingParams, sample
 from diffrl.seeds import derive_seed
