@@ -6,7 +6,6 @@ are or who finishes first. `prepare` checks everything a user can get wrong befo
 
 import time
 from pathlib import Path
-from typing import Any
 
 import ray
 import torch
@@ -103,7 +102,7 @@ class Run:
     def rollouts(self) -> tuple[list[ScoredGroup], list[ScoringBatch], list[torch.Tensor]]:
         """Sample and judge one step's groups; the reference scores each as soon as it is sampled."""
         scoring: dict[int, ScoringBatch] = {}
-        ref_logprobs: dict[Any, torch.Tensor] = {}
+        ref_logprobs: dict[int, torch.Tensor] = {}
 
         def on_sampled(group: RolloutGroup) -> None:
             scoring[group.ordinal] = self.score_reference(group)

@@ -6,7 +6,7 @@ reads it too, to draw its views.
 """
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ def kill(actor: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    key: Hashable
+    key: int  # ordinal of the group it is about
     method: str
     args: tuple[Any, ...]
     avoid: int | None = None  # slot of the worker that failed on it before
@@ -55,7 +55,7 @@ class WorkerPool:
         """Until every worker's constructor has run; what one of them raised is raised here."""
         ray.get([worker.__ray_ready__.remote() for worker in self.workers])
 
-    def submit(self, key: Hashable, method: str, *args: Any, avoid: int | None = None) -> None:
+    def submit(self, key: int, method: str, *args: Any, avoid: int | None = None) -> None:
         self.waiting.append(Call(key, method, args, avoid))
         self.dispatch()
 
@@ -144,7 +144,7 @@ class Pipeline:
         requests: Iterable[Request],
         on_sampled: Callable[[RolloutGroup], None] = lambda group: None,
         also: WorkerPool | None = None,
-        on_also: Callable[[Hashable, Any], None] = lambda key, value: None,
+        on_also: Callable[[int, Any], None] = lambda key, value: None,
     ) -> Iterator[ScoredGroup]:
         """Sample and judge. `on_sampled` sees each group as soon as it exists, and may submit work about it to the
         pool `also`, whose results have all gone to `on_also` when the iteration ends.
@@ -175,7 +175,7 @@ class Pipeline:
                 self.judges.submit(value.ordinal, "score", ready[0], None)
                 on_sampled(value)
             elif pool is self.judges:
-                ordinal: int = call.key  # type: ignore[assignment]
+                ordinal = call.key
                 group, ref = groups[ordinal]
                 attempts[ordinal] = attempts.get(ordinal, 0) + 1
                 if all(j.valid for j in value) or attempts[ordinal] >= self.judge_attempts:

@@ -113,7 +113,7 @@ def test_calls_of_dead_workers_are_made_again(ray_cluster):
 def test_workers_that_always_die_end_the_run(ray_cluster):
     pool = pool_of(Mortal, [(True,)])
     try:
-        pool.submit("x", "work", 1)
+        pool.submit(0, "work", 1)
         with pytest.raises(WorkersKeepDyingError, match="keep dying"):
             while pool.running:
                 ready, _ = ray.wait(list(pool.running), num_returns=1)

@@ -3,6 +3,8 @@
 import gzip
 import json
 
+import pytest
+
 from sandbox.process import ProcessSandbox
 from sandbox.types import Limits, Submission, TestMode, TestStatus
 from tests.shared_files import shared_file
@@ -42,3 +44,23 @@ def test_all_of_humaneval_passes() -> None:
             for row in rows
         ]
     assert [v for v in verdicts if v.statuses != (TestStatus.PASSED,) or v.trust != "high"] == []
+
+
+@pytest.mark.slow
+def test_all_of_mbpp_passes() -> None:
+    rows = [json.loads(line) for line in shared_file("data/mbpp/mbpp.jsonl").read_text().splitlines()]
+    assert len(rows) == 974
+    with ProcessSandbox() as sandbox:
+        verdicts = [
+            sandbox.judge(
+                Submission(
+                    id=str(row["task_id"]),
+                    code=row["code"],
+                    tests=tuple(row["test_list"]),
+                    setup=row["test_setup_code"],
+                    limits=Limits(cpu_s=10, wall_s=60),
+                )
+            )
+            for row in rows
+        ]
+    assert [v for v in verdicts if set(v.statuses) != {TestStatus.PASSED} or v.trust != "high"] == []
