@@ -15,6 +15,7 @@ tests expect.
 import builtins
 import socket
 import sys
+from abc import ABC, abstractmethod
 from typing import Any
 
 from sandbox.judge import frames
@@ -49,7 +50,7 @@ def exception_class(name: str, base: str) -> type[BaseException]:
     return _EXCEPTIONS[name, base]
 
 
-class Peer:
+class Peer(ABC):
     """One end of the link. Subclasses say what they export, what stands in for the other's objects, what they do."""
 
     def __init__(self, sock: socket.socket, first_number: int = 0) -> None:
@@ -60,17 +61,17 @@ class Peer:
 
     # What a subclass provides.
 
+    @abstractmethod
     def describe(self, value: Any) -> list[Wire]:
         """Kind of an object that is no value, and what the other side needs to stand in for it; ValueError refuses."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stand_in(self, number: int, kind: str, rest: list[Wire]) -> Any:
         """What represents the other side's object `number` here."""
-        raise NotImplementedError
 
+    @abstractmethod
     def serve(self, op: str, message: dict[str, Any]) -> Wire:
         """Does what the other side asks and returns the fields of the answer."""
-        raise NotImplementedError
 
     # Values.
 
