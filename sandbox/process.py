@@ -3,10 +3,10 @@
 Protects (with bubblewrap): this machine's files, network, processes and environment from the program; the tests from
 the program; one submission from the next. Each sandbox has pid, net, ipc and uts namespaces of its own, a read-only
 view of /usr and of the interpreter, size-limited scratch space that is wiped after each submission, no capabilities
-and no_new_privs. As root, programs run under a uid that no other process of the machine has (20000 and up, two for
-each ProcessSandbox, reserved by abstract sockets), which makes RLIMIT_NPROC count only them. As an ordinary user each
-sandbox has a user namespace of its own, and Linux 5.14 and later count processes for each of those; on older kernels
-the user's own processes are added to the limit.
+and no_new_privs. As root, every program runs under a uid of its own that no other process of the machine has (from
+20000 up, a block for each ProcessSandbox, reserved by abstract sockets), so RLIMIT_NPROC counts only its processes. As
+an ordinary user each sandbox has a user namespace of its own, and Linux 5.14 and later count processes for each of
+those; on older kernels the user's own processes are added to the limit.
 
 Does not protect: no cgroups, so a program may use max_processes * memory_mb plus the scratch space and memfds; kernel
 bugs; timing channels. Without root, see zygote.py. Tests that run beside the solution (`trust: low`), see
@@ -33,7 +33,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from sandbox.session import Session, ZygoteClient
+from sandbox.judge.session import Session
+from sandbox.judge.zygote_client import ZygoteClient
 from sandbox.types import SandboxError, SandboxUnavailableError, Submission, Verdict
 
 _JUDGE = Path(__file__).resolve().parent / "judge"
@@ -41,7 +42,8 @@ _JUDGE_INSIDE = "/opt/judge"
 _SCRATCH = ("/tmp", "/dev/shm")
 _SCRATCH_BYTES = 64 << 20
 _START = "import sys; sys.path.append(sys.argv.pop(1)); from sandbox.judge import zygote; sys.path.pop(); zygote.main()"
-_UIDS = range(20000, 60000, 2)
+_UIDS_EACH = 100  # for one sandbox: every program gets the next one
+_UIDS = range(20000, 60000, 2 * _UIDS_EACH)
 
 
 def require_available(allow_unisolated: bool = False) -> None:
@@ -73,6 +75,9 @@ class ProcessSandbox:
         verdict = sandbox.judge(submission)
     """
 
+    name = "process"
+    slots = 1
+
     def __init__(self, *, allow_unisolated: bool = False, recycle_after: int = 500) -> None:
         require_available(allow_unisolated)
         self._isolated = not allow_unisolated or _bubblewrap_problem() is None
@@ -97,6 +102,11 @@ class ProcessSandbox:
                 self._discard()
             return verdict
 
+    def survivors(self) -> list[str]:
+        """Processes, files and System V objects that judged programs left behind."""
+        with self._lock:
+            return [item for sandbox in self._pair or () for item in sandbox.client.left()]
+
     def close(self) -> None:
         """Ends both sandboxes. A later `judge` would start new ones."""
         with self._lock:
@@ -116,7 +126,7 @@ class ProcessSandbox:
         uid = self._uid_lease.uid if self._uid_lease else None
         solution = _Sandbox("solution", isolated=self._isolated, uid=uid)
         try:
-            evaluator = _Sandbox("evaluator", isolated=self._isolated, uid=None if uid is None else uid + 1)
+            evaluator = _Sandbox("evaluator", isolated=self._isolated, uid=None if uid is None else uid + _UIDS_EACH)
         except BaseException:
             solution.close()
             raise
@@ -142,8 +152,8 @@ class _Sandbox:
         options = {
             "control": theirs.fileno(),
             "role": role,
-            "isolated": isolated,
-            "uid": uid,
+            "scope": "namespace" if isolated else "tree",
+            "uids": None if uid is None else [uid, _UIDS_EACH],
             "scratch": list(_SCRATCH) if self._folder is None else [self._folder.name],
         }
         python = os.path.realpath(sys.executable)
@@ -222,7 +232,7 @@ def _bubblewrap(python: str, uid: int | None) -> list[str]:
     command += ["--dir", "/opt", "--dir", _JUDGE_INSIDE, "--dir", f"{_JUDGE_INSIDE}/sandbox"]
     command += ["--ro-bind", str(_JUDGE), f"{_JUDGE_INSIDE}/sandbox/judge", "--proc", "/proc", "--dev", "/dev"]
     for path in _SCRATCH:
-        command += ["--perms", "0777", "--size", str(_SCRATCH_BYTES), "--tmpfs", path]
+        command += ["--perms", "1777", "--size", str(_SCRATCH_BYTES), "--tmpfs", path]
     return [shutil.which("bwrap") or "bwrap", *command, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]
 
 
@@ -239,7 +249,7 @@ def _process_limit_base(isolated: bool) -> int:
 
 
 class _UidLease:
-    """Two neighbouring uids that no other sandbox on this machine uses while this object lives."""
+    """A block of uids that no other sandbox on this machine uses while this object lives."""
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_UNIX)

@@ -6,6 +6,7 @@ is known about the program: it is retried elsewhere, and it is never turned into
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 
 class TestStatus(StrEnum):
@@ -29,13 +30,15 @@ class TestMode(StrEnum):
 
     ASSERTS = "asserts"  # each test is Python source whose asserts call the solution (MBPP, AceCode)
     CHECK_FUNCTION = "check_function"  # each test defines check(candidate); candidate is the entry point (HumanEval)
+    STDIN = "stdin"  # each test is JSON {"stdin": text, "stdout": text}; the code is a whole script
+    UNITTEST = "unittest"  # each test defines unittest.TestCase classes that use the entry point (BigCodeBench)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """Resources of one submission.
 
-    Limits(cpu_s=2.0, wall_s=20.0, memory_mb=512, output_kb=64, max_processes=32)
+    Limits(cpu_s=2.0, wall_s=20.0, memory_mb=512, output_kb=1024, max_processes=32)
 
     CPU time decides a failure; wall time is a wide backstop, so a loaded node does not turn right answers into wrong ones.
     """
@@ -43,7 +46,7 @@ class Limits:
     cpu_s: float = 2.0  # CPU seconds for each test
     wall_s: float = 20.0  # wall-clock seconds for each test
     memory_mb: int = 512  # address space of the solution's process
-    output_kb: int = 64  # what the solution may print before the rest is dropped
+    output_kb: int = 1024  # what a script may print (stdin mode); elsewhere what is printed is thrown away
     max_processes: int = 32
 
 
@@ -68,14 +71,19 @@ class Submission:
 class Verdict:
     """One status per test, in the order of `Submission.tests`.
 
-    Verdict(id="mbpp/2/0", statuses=(TestStatus.PASSED,), details=("",), cpu_s=0.004, trust="high")
+    Verdict(id="mbpp/2/0", statuses=(TestStatus.PASSED,), details=("",), beside=(False,), cpu_s=0.004)
     """
 
     id: str
     statuses: tuple[TestStatus, ...]
     details: tuple[str, ...]  # one short human-readable line per test, "" when there is nothing to say
+    beside: tuple[bool, ...]  # which tests ran beside the solution, or let its classes decide: it could forge them
     cpu_s: float  # CPU seconds of the solution over all tests
-    trust: str  # "high": asserts ran in another process than the solution; "low": beside it
+
+    @property
+    def trust(self) -> str:
+        """ "high": every test ran in another process than the solution; "low": at least one beside it."""
+        return "low" if any(self.beside) else "high"
 
 
 class SandboxError(Exception):
@@ -83,4 +91,34 @@ class SandboxError(Exception):
 
 
 class SandboxUnavailableError(SandboxError):
-    """This machine cannot run the backend at all; the message names the way out."""
+    """The backend cannot be used at all as things stand; the message names the way out."""
+
+
+class SubmissionTooLargeError(SandboxError):
+    """The submission does not fit into a frame; no other sandbox will take it either."""
+
+
+class Sandbox(Protocol):
+    """A backend: something that judges. Methods may be called from several threads."""
+
+    @property
+    def name(self) -> str:
+        """The word that selects this backend: docker, process or pod."""
+        ...
+
+    @property
+    def slots(self) -> int:
+        """How many submissions are judged at the same time."""
+        ...
+
+    def judge(self, submission: Submission) -> Verdict:
+        """A verdict about the program. Raises SandboxError, and is then still usable, starting anew what broke."""
+        ...
+
+    def survivors(self) -> list[str]:
+        """Processes, files and System V objects that judged programs left behind; empty when all is well."""
+        ...
+
+    def close(self) -> None:
+        """Ends everything that was started. A later `judge` would start it again."""
+        ...

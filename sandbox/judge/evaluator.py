@@ -1,93 +1,37 @@
 """The child that holds the tests: compiles and runs them against stand-ins for the program's names.
 
 Host to evaluator: {"op": "link", "mode", "setup", "entry_point"} with the solution's socket, answered when the
-program has loaded; {"op": "test", "source"}, answered with {"status", "detail"}. Beside the statuses of a verdict
+program has loaded; {"op": "test", "source"}, answered with {"status", "detail", "low"}. Beside the statuses of a verdict
 there are two for the host only: `gone` (the solution's process left) and `beside` (this test needs the real classes).
 
-Names: a test's global that the program defines is bound to a stand-in or to the value. The evaluator's own builtins
-and standard modules win over names of the program (a program that defines `abs` must not decide what `abs` means in a
-test), unless the name is the entry point, or no entry point is given and the test uses no other name of the program.
+Names: a test's global that the program defines is bound to a stand-in or to the value. The evaluator's own builtins win
+over names of the program (a program that defines `abs` must not decide what `abs` means in a test), unless the name is
+the entry point, or no entry point is given and the test uses no other name of the program. So do standard modules,
+except for a name that the test calls, and `isclose(f(2), 4)` or `Counter(f(2))`, which check what the program returned.
+What `setup` defines wins over everything but the entry point.
 """
 
 import builtins
 import importlib
-import os
 import socket
 import sys
 import types
 from typing import Any
 
 from sandbox.judge import frames
-from sandbox.judge.link import GoneError, Peer, exception_class
-from sandbox.judge.proxies import RemoteClass, RemoteFunction, RemoteIterator, RemoteObject, StandIn
-from sandbox.judge.values import PURE_MODULES, Encoder, Wire
+from sandbox.judge.evaluator_peer import EvaluatorPeer
+from sandbox.judge.expectations import SHARED_WORDS, called_names, checking_names, shares_state
+from sandbox.judge.grading import compile_test, outcome_of, run_test
+from sandbox.judge.value_types import PURE_MODULES
 
 _MAX_DETAIL = 200
-_MAX_DRAINED = 100_000
 _OWN_NAMES = frozenset(vars(builtins)) | sys.stdlib_module_names
-
-
-class BesideError(BaseException):
-    """This test needs the program's own classes."""
-
-
-class OpaqueError(AssertionError):
-    """An instance of the program's class was asked to decide something."""
-
-
-class EvaluatorPeer(Peer):
-    """The evaluator's end of the link."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        super().__init__(sock, first_number=int.from_bytes(os.urandom(5), "big"))
-        self._stand_ins: dict[int, Any] = {}
-        self.spoiled: tuple[str, str] | None = None  # decides the test even when it swallows the exception
-
-    def start_test(self) -> None:
-        self.spoiled = None
-
-    def spoil(self, status: str, detail: str) -> BaseException:
-        self.spoiled = self.spoiled or (status, detail)
-        return BesideError(detail) if status == "beside" else OpaqueError(detail)
-
-    def receive(self) -> dict[str, Any]:
-        try:
-            return super().receive()
-        except GoneError as error:
-            self.spoiled = ("gone", str(error))
-            raise
-
-    def encode(self, value: Any) -> Wire:
-        return Encoder(self.export).encode(value)  # a test's argument that cannot cross is an error of the test
-
-    def export(self, value: Any) -> Wire:
-        if isinstance(value, StandIn):
-            return ["yours", value._proxy_number]
-        return super().export(value) if callable(value) else self._drain(value)
-
-    def describe(self, value: Any) -> list[Wire]:
-        return ["function"]
-
-    def _drain(self, value: Any) -> Wire:
-        if not hasattr(type(value), "__next__"):
-            raise self.spoil("beside", f"a {type(value).__name__} as an argument")
-        items = [item for item, _ in zip(value, range(_MAX_DRAINED), strict=False)]
-        return Encoder(self.export).items("iter", items)
-
-    def stand_in(self, number: int, kind: str, rest: list[Wire]) -> Any:
-        if number not in self._stand_ins:
-            name = rest[0] if rest and type(rest[0]) is str else "object"
-            if kind == "iterator":
-                self._stand_ins[number] = RemoteIterator(self, number)
-            else:
-                kinds = {"class": RemoteClass, "function": RemoteFunction}
-                self._stand_ins[number] = kinds.get(kind, RemoteObject)(self, number, name)
-        return self._stand_ins[number]
-
-    def serve(self, op: str, message: dict[str, Any]) -> Wire:
-        if op != "call":
-            raise ValueError("only calls are served")
-        return self.call(self.exported(message["on"]), message)
+# What a test may check results with although only the program has imported it: name -> module.
+_CHECKERS = dict.fromkeys(("isclose", "isnan", "isinf", "isfinite"), "math") | {
+    "Decimal": "decimal",
+    "Fraction": "fractions",
+}
+_CHECKERS |= dict.fromkeys(("Counter", "OrderedDict", "defaultdict", "deque"), "collections")
 
 
 class Evaluator:
@@ -99,80 +43,68 @@ class Evaluator:
         self._setup = job["setup"]
         self._entry_point: str | None = job["entry_point"]
 
-    def load(self) -> dict[str, str]:
+    def load(self) -> dict[str, Any]:
         """Waits until the program has run its own top level."""
         try:
             message = self._peer.receive()
             if "x" in message:
-                raise self._peer._decode_exception(message["x"])
+                raise self._peer.decode_raised(message["x"])
         except BaseException as error:
-            return self._outcome(error)
+            return self._reply(*outcome_of(error))
         return {"status": "loaded" if message.get("loaded") is True else "gone", "detail": ""}
 
-    def run(self, source: str) -> dict[str, str]:
+    def run(self, source: str) -> dict[str, Any]:
         """One test, in globals of its own."""
         self._peer.start_test()
         try:
-            programs = [compile(self._setup, "<setup>", "exec", dont_inherit=True)] if self._setup else []
-            programs.append(compile(source, "<test>", "exec", dont_inherit=True))
-            scope = self._scope(programs)
-            for program in programs:
-                exec(program, scope)
-            if self._mode == "check_function":
-                scope["check"](self._candidate(scope))
+            programs = compile_test(self._setup, source)
+            module = types.ModuleType("tests")
+            vars(module).update(self._scope(programs, source))
         except BaseException as error:
-            return self._outcome(error)
-        if self._peer.spoiled:
-            status, detail = self._peer.spoiled
-            return {"status": status, "detail": detail[:_MAX_DETAIL]}
-        return {"status": "passed", "detail": ""}
+            return self._reply(*outcome_of(error))
+        sys.modules["tests"] = module  # dataclasses and unittest look their module up
+        return self._reply(*run_test(programs, self._mode, self._entry_point, vars(module)))
 
-    def _scope(self, programs: list[types.CodeType]) -> dict[str, Any]:
+    def _scope(self, programs: list[types.CodeType], source: str) -> dict[str, Any]:
+        """Globals for a test: what the program defines of the names that it uses."""
         wanted = {name for program in programs for name in _names(program)}
         if self._entry_point:
             wanted.add(self._entry_point)
-        found = self._peer.request("names", names=sorted(wanted))["v"]
+        sources = (self._setup, source)
+        if not wanted.isdisjoint(SHARED_WORDS) and shares_state(sources):
+            raise self._peer.spoil("beside", "a test that shares more with the program than calls")
+        found = self._peer.ask("names", names=sorted(wanted)).get("v")
+        if not isinstance(found, dict):
+            raise self._peer.lost("garbage for names")
         found = {name: found[name] for name in sorted(wanted) if name in found and not name.startswith("__")}
-        others = any(name not in _OWN_NAMES for name in found)
+        self._peer.read(sources, frozenset(found), self._entry_point)
         scope: dict[str, Any] = {"__name__": "tests", "__builtins__": builtins}
+        if self._entry_point not in found and self._entry_point in vars(builtins):
+            scope["__builtins__"] = {name: value for name, value in vars(builtins).items() if name != self._entry_point}
+        own = [name for name in found if name in _OWN_NAMES and name != self._entry_point]
+        own_may_be_tested = not self._entry_point and [kind != "module" for kind, *_ in found.values()].count(True) == 1
+        called = called_names(sources) if own else frozenset()
+        checking = frozenset() if _CHECKERS.keys().isdisjoint(found) else checking_names(sources, frozenset(found))
         for name, (kind, *rest) in found.items():
-            shadows_ok = name == self._entry_point or not (others or self._entry_point)
-            if name in _OWN_NAMES and not shadows_ok:
-                if name in sys.stdlib_module_names:
-                    scope[name] = importlib.import_module(name)
+            if name in own and name in sys.stdlib_module_names and name not in called:
+                scope[name] = importlib.import_module(name)
+            elif name in own and name not in sys.stdlib_module_names and not own_may_be_tested:
+                continue
+            elif name in _CHECKERS and name in checking and name != self._entry_point:
+                scope[name] = getattr(importlib.import_module(_CHECKERS[name]), name)
             elif kind == "module":
-                if rest[0] == name and name in sys.stdlib_module_names:
-                    scope[name] = importlib.import_module(name)
+                if (rest[0] == name and name in sys.stdlib_module_names) or (name, rest[0]) == ("np", "numpy"):
+                    scope[name] = importlib.import_module(rest[0])
             elif kind == "standard" and rest[0] in PURE_MODULES:
                 scope[name] = getattr(importlib.import_module(rest[0]), name)
-            elif kind == "exception":
-                scope[name] = exception_class(rest[0], rest[1])
             else:
-                scope[name] = self._peer.decode(rest[0])
+                scope[name] = self._peer.bind(name, [kind, *rest])
         return scope
 
-    def _candidate(self, scope: dict[str, Any]) -> Any:
-        if self._entry_point not in scope:
-            raise NameError(f"name {self._entry_point!r} is not defined")
-        return scope[self._entry_point]
-
-    def _outcome(self, error: BaseException) -> dict[str, str]:
+    def _reply(self, status: str, detail: str) -> dict[str, Any]:
         if self._peer.spoiled:
             status, detail = self._peer.spoiled
-            return {"status": status, "detail": detail[:_MAX_DETAIL]}
-        try:
-            detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        except BaseException:  # an argument that does not want to be printed
-            detail = type(error).__name__
-        if isinstance(error, AssertionError):
-            status = "failed"
-        elif isinstance(error, MemoryError):
-            status = "out_of_memory"
-        elif isinstance(error, SystemExit | KeyboardInterrupt | GeneratorExit):
-            status = "killed"
-        else:
-            status = "error"
-        return {"status": status, "detail": detail[:_MAX_DETAIL]}
+        return {"status": status, "detail": detail[:_MAX_DETAIL], "low": self._peer.low}
 
 
 def _names(program: types.CodeType) -> set[str]:

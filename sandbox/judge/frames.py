@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import struct
-from typing import Any
+from typing import Any, Protocol, cast
 
 MAX_FRAME = 32 << 20
 
@@ -18,12 +18,19 @@ _encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 _decode = json.JSONDecoder().decode
 
 
+class Stream(Protocol):
+    """What frames travel on: a stream socket, or something that reads and writes like one."""
+
+    def recv(self, size: int, /) -> bytes: ...
+    def sendall(self, data: bytes, /) -> None: ...
+
+
 class FrameError(Exception):
     """The peer sent something that is not a frame, or a frame is too large."""
 
 
-def send(sock: socket.socket, message: Any, fds: tuple[int, ...] = ()) -> None:
-    """Sends one frame; `fds` travel with its first byte.
+def send(sock: Stream, message: Any, fds: tuple[int, ...] = ()) -> None:
+    """Sends one frame; `fds` travel with its first byte, over a UNIX socket.
 
     Raises FrameError when it is too large, OSError when the peer left.
     """
@@ -31,11 +38,12 @@ def send(sock: socket.socket, message: Any, fds: tuple[int, ...] = ()) -> None:
     if len(body) > MAX_FRAME:
         raise FrameError(f"frame of {len(body)} bytes, at most {MAX_FRAME} are allowed")
     data = _HEADER.pack(len(body)) + body
-    sent = socket.send_fds(sock, [data], fds) if fds else 0
-    sock.sendall(data[sent:] if sent else data)
+    sent = socket.send_fds(cast(socket.socket, sock), [data], fds) if fds else 0
+    if sent < len(data):  # an empty send would fail when the peer has its frame and is gone
+        sock.sendall(data[sent:])
 
 
-def recv(sock: socket.socket, max_bytes: int = MAX_FRAME) -> Any:
+def recv(sock: Stream, max_bytes: int = MAX_FRAME) -> Any:
     """One frame. Raises EOFError when the peer closed the stream, FrameError when what it sent is no frame.
 
     Descriptors that a peer sends along are dropped by the kernel, as nothing asks for them.
@@ -57,7 +65,7 @@ def recv_with_fds(sock: socket.socket, max_fds: int) -> tuple[Any, list[int]]:
         raise
 
 
-def _body(sock: socket.socket, header: bytes, max_bytes: int) -> Any:
+def _body(sock: Stream, header: bytes, max_bytes: int) -> Any:
     (size,) = _HEADER.unpack(header)
     if size > max_bytes:
         raise FrameError(f"frame of {size} bytes, at most {max_bytes} are allowed")
@@ -68,7 +76,7 @@ def _body(sock: socket.socket, header: bytes, max_bytes: int) -> Any:
         raise FrameError(f"not JSON: {error}") from None
 
 
-def _exactly(sock: socket.socket, size: int) -> bytes:
+def _exactly(sock: Stream, size: int) -> bytes:
     """`size` bytes; memory grows with what really arrived, not with what a header claims."""
     chunk = sock.recv(min(size, 1 << 16)) if size else b""
     if len(chunk) == size:

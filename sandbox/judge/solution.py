@@ -5,100 +5,52 @@ It receives the source and nothing else; tests, expected values and verdicts nev
 sends is only ever taken as a value. The program sees a copy of `builtins`, so that overwriting `len` breaks the
 program and not the loop that serves it.
 
-`beside`: a test that needs the program's classes themselves (comparing two of its instances, subclassing them) runs
-here, after the code. That is NOT protected: the program can forge the result. The verdict says `trust: low`.
+`beside`: a test that needs the program's classes themselves (subclassing them) or its standard streams, files and seeds
+runs here, after the code. That is NOT protected: the program can forge the result. The verdict says `trust: low`. Most
+unittests run so too, and as they patch modules, look at files and draw, this process is more like an ordinary one then:
+no copy of `builtins`, and an environment with what libraries need to do without a home, a screen and threads.
 """
 
+import _sitebuiltins
+import atexit
 import builtins
-import itertools
+import contextlib
+import os
 import socket
 import sys
+import threading
 import types
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn, TextIO, cast
 
 from sandbox.judge import frames
-from sandbox.judge.link import GoneError, Peer, standard_base
-from sandbox.judge.values import PURE_MODULES, Wire
+from sandbox.judge.grading import compile_test, outcome_of, run_test
+from sandbox.judge.link import GoneError
+from sandbox.judge.solution_peer import SolutionPeer
 
-_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.MethodDescriptorType)
-
-
-class SolutionPeer(Peer):
-    """Serves the evaluator's requests against the program's namespace."""
-
-    def __init__(self, sock: socket.socket, namespace: dict[str, Any]) -> None:
-        super().__init__(sock)
-        self._namespace = namespace
-        self._callbacks: dict[int, Any] = {}
-
-    def describe(self, value: Any) -> list[Wire]:
-        if isinstance(value, type):
-            return ["class", str(value.__name__)]
-        if isinstance(value, _FUNCTIONS):
-            return ["function", str(value.__name__)]
-        if type(value).__module__ in ("builtins", "itertools") and isinstance(value, Iterator):
-            return ["iterator"]
-        return ["object", str(type(value).__name__)]
-
-    def stand_in(self, number: int, kind: str, rest: list[Wire]) -> Any:
-        if number not in self._callbacks:
-
-            def callback(*args: Any, **kwargs: Any) -> Any:
-                return self.call_remote("call", number, args, kwargs)
-
-            self._callbacks[number] = callback
-        return self._callbacks[number]
-
-    def export(self, value: Any) -> Wire:
-        for number, callback in self._callbacks.items():
-            if callback is value:
-                return ["yours", number]
-        return super().export(value)
-
-    def serve(self, op: str, message: dict[str, Any]) -> Wire:
-        if op == "names":
-            return {"v": {name: self._name(name) for name in message["names"] if name in self._namespace}}
-        target = self.exported(message["on"])
-        if op == "call":
-            return self.call(target, message)
-        if op == "next":
-            return {"v": [self.encode(item) for item in itertools.islice(target, message["count"])]}
-        if op == "get":
-            return {"v": self.encode(getattr(target, message["name"]))}
-        if op == "set":
-            setattr(target, message["name"], self.decode(message["a"]))
-            return {}
-        raise ValueError(f"unknown operation {op!r}")
-
-    def _name(self, name: str) -> list[Wire]:
-        """How the evaluator should bind a global name of the program."""
-        value = self._namespace[name]
-        if isinstance(value, types.ModuleType):
-            return ["module", str(value.__name__)]
-        module = getattr(value, "__module__", None)
-        if module is not None and callable(value) and getattr(value, "__name__", None) == name:
-            module = str(module).lstrip("_")
-            if module in PURE_MODULES and hasattr(sys.modules.get(module), name):
-                return ["standard", module, name]
-        if isinstance(value, type) and issubclass(value, BaseException):
-            return ["exception", str(value.__name__), standard_base(value)]
-        return ["value", self.encode(value)]
+_SCRIPT = "script.py"
+_ENVIRONMENT = {"LANG": "C.UTF-8", "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def main(link: socket.socket) -> None:
-    """Reads {"code", "beside"} from the link, runs the code, answers how that went, serves calls until killed."""
-    job = frames.recv(link)
-    namespace = _new_namespace()
+    """Reads {"code", "way"} from the link, runs the code, answers how that went, serves calls until killed.
+
+    The ways: "served", "beside" (a test follows), "script" (standard input and output come along).
+    """
+    job, streams = frames.recv_with_fds(link, 2)
+    if job["way"] == "script":
+        _run_script(link, job["code"], streams)
+    if job["way"] == "beside":
+        os.environ.update(_ENVIRONMENT, HOME=os.getcwd())
+    namespace = _new_namespace(own_builtins=job["way"] == "served")
     peer = SolutionPeer(link, namespace)
     try:
         exec(compile(job["code"], "<solution>", "exec", dont_inherit=True), namespace)
     except BaseException as error:  # SystemExit too: the program left before it could be asked anything
-        frames.send(link, {"x": peer.encode_exception(error)})
+        frames.send(link, {"x": peer.encode_raised(error)})
         return
     frames.send(link, {"loaded": True})
-    if job.get("beside"):
-        _run_beside(link, namespace, peer)
+    if job["way"] == "beside":
+        _run_beside(link, namespace)
         return
     try:
         while True:
@@ -109,25 +61,70 @@ def main(link: socket.socket) -> None:
         return
 
 
-def _new_namespace() -> dict[str, Any]:
+def _new_namespace(*, own_builtins: bool) -> dict[str, Any]:
     module = types.ModuleType("solution")  # not __main__: a program's own command line must not run
-    own_builtins = types.ModuleType("builtins")
-    vars(own_builtins).update(vars(builtins))
-    sys.modules["builtins"] = own_builtins
     sys.modules["solution"] = module  # dataclasses and enum look their module up
     namespace = vars(module)
-    namespace["__builtins__"] = vars(own_builtins)
+    if own_builtins:
+        copied = types.ModuleType("builtins")
+        vars(copied).update(vars(builtins))
+        sys.modules["builtins"] = copied
+        namespace["__builtins__"] = vars(copied)
     return namespace
 
 
-def _run_beside(link: socket.socket, namespace: dict[str, Any], peer: SolutionPeer) -> None:
+def _run_beside(link: socket.socket, namespace: dict[str, Any]) -> None:
     test = frames.recv(link)
     try:
-        for source in (test["setup"], test["source"]):
-            exec(compile(source, "<test>", "exec", dont_inherit=True), namespace)
-        if test["mode"] == "check_function":
-            namespace["check"](namespace[test["entry_point"]])
+        programs = compile_test(test["setup"], test["source"])
     except BaseException as error:
-        frames.send(link, {"x": peer.encode_exception(error)})
+        status, detail = outcome_of(error)
     else:
-        frames.send(link, {"passed": True})
+        status, detail = run_test(programs, test["mode"], test["entry_point"], namespace)
+    frames.send(link, {"nonce": test["nonce"], "status": status, "detail": detail})
+
+
+def _run_script(link: socket.socket, code: str, streams: list[int]) -> NoReturn:
+    """Runs the code as `__main__` and leaves as an interpreter would: threads, atexit, flush, exit status.
+
+    What went wrong is told over the link; the session reads it only when the exit status says that something did.
+    """
+    status = 1
+    try:
+        for number, fd in enumerate(streams):
+            os.dup2(fd, number)
+            os.close(fd)
+        sys.stdin = sys.__stdin__ = os.fdopen(0, encoding="utf-8", errors="surrogateescape", closefd=False)
+        sys.stdout = sys.__stdout__ = os.fdopen(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)
+        sys.argv[:] = [_SCRIPT]
+        for name in ("exit", "quit"):  # the interpreter runs without `site`
+            setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
+        module = sys.modules["__main__"] = types.ModuleType("__main__")
+        module.__file__ = _SCRIPT
+        left_with = _exit_status(link, code, vars(module))
+        threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+        atexit._run_exitfuncs()
+        _flush()
+        for name in [name for name in vars(module) if name != "__builtins__"]:
+            setattr(module, name, None)  # files that were left open are written now
+        status = left_with
+    finally:
+        os._exit(status)
+
+
+def _exit_status(link: socket.socket, code: str, namespace: dict[str, Any]) -> int:
+    try:
+        exec(compile(code, _SCRIPT, "exec", dont_inherit=True), namespace)
+    except SystemExit as error:
+        return 0 if error.code is None else error.code & 0xFF if isinstance(error.code, int) else 1
+    except BaseException as error:
+        frames.send(link, {"x": SolutionPeer(link, namespace).encode_raised(error)})
+        return 1
+    return 0
+
+
+def _flush() -> None:
+    if sys.stdout is not None and not getattr(sys.stdout, "closed", False):
+        sys.stdout.flush()
+    with contextlib.suppress(ValueError):  # it is closed, or has been detached
+        cast(TextIO, sys.__stdout__).flush()

@@ -1,6 +1,7 @@
 """The process backend: statuses one by one, what crosses the link, recovery, and the refusal without bubblewrap."""
 
 import os
+import platform
 import signal
 import time
 from collections.abc import Iterator
@@ -285,6 +286,31 @@ def test_the_program_sees_and_keeps_nothing(sandbox: ProcessSandbox) -> None:
     for _ in range(2):  # the second submission meets what the first one left
         verdict = judge(sandbox, SPY, *tests)
         assert verdict.statuses == (TestStatus.PASSED,) * len(tests), verdict.details
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="system calls by their numbers on x86_64")
+def test_system_calls_that_reach_beyond_the_program_are_refused(sandbox: ProcessSandbox) -> None:
+    code = """
+import ctypes, errno, os, resource
+libc = ctypes.CDLL(None, use_errno=True)
+def f(number, *arguments):
+    return "done" if libc.syscall(number, *arguments) >= 0 else errno.errorcode[ctypes.get_errno()]
+def limits(pid):
+    return resource.prlimit(pid, resource.RLIMIT_NOFILE)
+"""
+    new_user, new_everything = 0x10000000, 0x7E020000
+    tests = (
+        f"assert f(272, {new_user}) == 'EPERM'",  # unshare
+        f"assert f(56, {new_everything} | 17, 0, 0, 0, 0) == 'EPERM'",  # clone
+        "assert f(435, 0, 0) == 'ENOSYS'",  # clone3
+        "assert f(250, 0, -3, 1) == 'EPERM'",  # keyctl
+        "assert f(321, 0, 0, 0) == 'EPERM'",  # bpf
+        "assert f(302, 1, 7, 0, 0) == 'EPERM'",  # prlimit64 of the zygote
+        "assert f(302, 0, 7, 0, 0) == 'done' and limits(0)[0] > 0",  # of itself
+        "import os; assert os.getpid() > 1",
+    )
+    verdict = judge(sandbox, code, *tests)
+    assert verdict.statuses == (TestStatus.PASSED,) * len(tests), verdict.details
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["solution", "evaluator"])
