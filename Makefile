@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv system quickstart quickstart-seeds bench-judge test test-slow lint clean
+.PHONY: venv system engine quickstart quickstart-seeds bench-judge test test-slow lint clean
 
 venv: $(STAMP)
 
@@ -21,11 +21,21 @@ $(STAMP): constraints.txt pyproject.toml
 	$(BIN)/pip check
 	touch $@
 
-# bubblewrap isolates untrusted programs. Installed here where that needs no question; elsewhere diffrl names the command.
+# $(call debian,COMMANDS,PACKAGES,OTHERWISE): on Debian as root, packages for the commands that are missing; else a word.
+define debian
+@missing=; for command in $(1); do PATH="$$PATH:/usr/sbin:/sbin" command -v $$command >/dev/null || missing=1; done; \
+	[ -z "$$missing" ] || { [ "$$(id -u)" = 0 ] && [ -f /etc/debian_version ] && apt-get update -qq && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(2) >/dev/null; } || \
+	echo 'missing: one of $(1) (Debian: apt-get install $(2)); $(3)' >&2
+endef
+
+# What isolates untrusted programs.
 system:
-	@command -v bwrap >/dev/null || { [ "$$(id -u)" = 0 ] && [ -f /etc/debian_version ] && \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq bubblewrap >/dev/null; } || \
-		echo 'bubblewrap is missing: install it (Debian: apt-get install bubblewrap)' >&2
+	$(call debian,bwrap,bubblewrap,programs cannot be isolated)
+
+# What the tests of containers need beside it: they start an engine of their own, and make the image without a registry.
+engine:
+	$(call debian,dockerd debootstrap ip,docker.io debootstrap iproute2,tests of containers are skipped without any engine)
 
 quickstart: venv system
 	$(BIN)/diffrl train configs/quickstart_pretrain.yaml
@@ -43,10 +53,10 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-test: lint system
+test: lint system engine
 	$(BIN)/python -m pytest -m 'not slow' --durations=25
 
-test-slow: venv system
+test-slow: venv system engine
 	$(BIN)/python -m pytest -m slow --durations=25
 
 clean:

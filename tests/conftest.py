@@ -1,4 +1,4 @@
-"""One Ray cluster for the whole run, started when a test first asks for it, stopped by the process that started it."""
+"""One Ray cluster and one container engine for the whole run, started when a test first asks, stopped at the end."""
 
 import contextlib
 import os
@@ -11,7 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import docker
 import pytest
+
+from sandbox.image.build import build_image
+from sandbox.image.fingerprint import judge_fingerprint
+from sandbox.types import SandboxUnavailableError
+from tests import container_engine as engines
 
 os.environ |= {
     "RAY_AUTH_MODE": "disabled",
@@ -55,6 +61,35 @@ def ray_cluster() -> Iterator[RayCluster]:
         finally:
             head.terminate()
             head.wait(60)
+
+
+@pytest.fixture(scope="session")
+def container_engine() -> Iterator[str]:
+    """Base URL for docker.DockerClient."""
+    with engines.container_engine() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def judge_image(container_engine: str) -> str:
+    """Tag of the base image with this checkout's judge."""
+    tag = f"diffrl-sandbox:test-{judge_fingerprint()[:12]}"  # an engine may be shared by several checkouts
+    try:
+        build_image("base", tag, engine_url=container_engine)
+    except SandboxUnavailableError as error:
+        engines.unavailable(str(error))
+    return tag
+
+
+@pytest.fixture(scope="session")
+def internal_network(container_engine: str) -> Iterator[str]:
+    """Name of a network without a way out, whose containers this machine reaches by their addresses."""
+    with contextlib.closing(docker.DockerClient(container_engine)) as client:
+        network = client.networks.create(f"diffrl-test-{os.getpid()}", driver="bridge", internal=True)
+        try:
+            yield str(network.name)
+        finally:
+            network.remove()
 
 
 def free_ports(count: int) -> list[int]:

@@ -1,0 +1,34 @@
+"""A sandbox of every backend, with one slot."""
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+
+from sandbox.container import ContainerSandbox
+from sandbox.pod import PodSandbox, local_pod
+from sandbox.process import ProcessSandbox
+from sandbox.types import Sandbox
+
+slow, docker = pytest.mark.slow, pytest.mark.docker
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("docker", marks=docker),
+        pytest.param("process", marks=slow),
+        pytest.param("pod", marks=(slow, docker)),
+    ],
+)
+def any_sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    with contextlib.ExitStack() as stack:
+        if request.param == "process":
+            yield stack.enter_context(ProcessSandbox())
+            return
+        engine, image = (request.getfixturevalue(name) for name in ("container_engine", "judge_image"))
+        if request.param == "docker":
+            yield stack.enter_context(ContainerSandbox(image=image, slots=1, engine_url=engine))
+        else:
+            address, token = stack.enter_context(local_pod(image, engine, slots=1))
+            yield stack.enter_context(PodSandbox(address=address, token=token, slots=1))
