@@ -1,4 +1,6 @@
-"""The `diffrl` command: train, eval, generate, config. Bad input is one line on stderr and exit status 2."""
+"""The `diffrl` command: train, eval, generate, judge, sandbox, config. Bad input is one line on stderr and exit status 2;
+a run that had to stop, one line and status 1.
+"""
 
 import sys
 from typing import Annotated
@@ -7,7 +9,10 @@ import typer
 
 from diffrl.config import RLConfig
 from diffrl.config_file import dump_config, load_config
-from diffrl.errors import ConfigError
+from diffrl.errors import ConfigError, RunStoppedError
+from sandbox.backends import DEFAULT_IMAGE, BackendOptions, read_token
+from sandbox.image.rootfs import MIRROR
+from sandbox.types import Limits, SandboxError
 
 app = typer.Typer(
     add_completion=False,
@@ -16,8 +21,18 @@ app = typer.Typer(
     help="Reinforcement learning from unit tests for masked diffusion language models.",
 )
 
+sandbox = typer.Typer(no_args_is_help=True, help="The image that the docker and pod backends run.")
+app.add_typer(sandbox, name="sandbox")
+
 ConfigPath = Annotated[str, typer.Argument(help="YAML file, such as configs/quickstart.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as train.steps=20")]
+Backend = Annotated[str, typer.Option(help="auto, docker, process or pod")]
+Image = Annotated[str, typer.Option(help="of docker, and of a pod that is started here")]
+Address = Annotated[
+    list[str] | None, typer.Option(help="host:port of a pod; without one, --backend pod starts one here")
+]
+TokenFile = Annotated[str | None, typer.Option(help="the pods' secret; else DIFFRL_SANDBOX_TOKEN")]
+AllowUnisolated = Annotated[bool, typer.Option(help="process backend without bubblewrap")]
 
 
 @app.command()
@@ -49,12 +64,61 @@ def evaluate(
     benchmark: Annotated[str, typer.Option(help="humaneval")],
     data: Annotated[str, typer.Option(help="the benchmark's own file")],
     solutions: Annotated[str, typer.Option(help="canonical: judge the data set's own solutions")] = "canonical",
-    allow_unisolated: Annotated[bool, typer.Option(help="judge without bubblewrap")] = False,
+    backend: Backend = "auto",
+    image: Image = DEFAULT_IMAGE,
+    address: Address = None,
+    token_file: TokenFile = None,
+    allow_unisolated: AllowUnisolated = False,
 ) -> None:
     """Judge a benchmark's solutions in the sandbox."""
     from actors.commands import judge_solutions
 
-    judge_solutions(benchmark, data, solutions, allow_unisolated=allow_unisolated)
+    options = backend_options(backend, image, address, token_file, allow_unisolated, slots=2)
+    judge_solutions(benchmark, data, solutions, options)
+
+
+@app.command()
+def judge(
+    solution: Annotated[str | None, typer.Option(help="Python file to judge")] = None,
+    tests: Annotated[
+        str | None, typer.Option(help="asserts, check(candidate), TestCase classes, or stdin JSONL")
+    ] = None,
+    mode: Annotated[str | None, typer.Option(help="asserts, check_function, unittest, stdin; else found out")] = None,
+    entry_point: Annotated[str | None, typer.Option(help="the function that check(candidate) gets")] = None,
+    corpus: Annotated[str | None, typer.Option(help="JSONL of name, code, tests, accept: measures the judge")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="of a corpus: one JSON object on stdout")] = False,
+    backend: Backend = "auto",
+    image: Image = DEFAULT_IMAGE,
+    address: Address = None,
+    token_file: TokenFile = None,
+    allow_unisolated: AllowUnisolated = False,
+    cpu_s: Annotated[float, typer.Option(help="CPU seconds per test", min=0.01)] = 1.0,
+    wall_s: Annotated[float, typer.Option(help="wall-clock seconds per test", min=0.01)] = 5.0,
+) -> None:
+    """Judge one program with its tests, or a corpus of programs. Exit status 0 only if all tests, or the judge, are right."""
+    from actors.judge_commands import judge_file, judge_solution
+
+    options = backend_options(backend, image, address, token_file, allow_unisolated)
+    limits = Limits(cpu_s=cpu_s, wall_s=max(wall_s, cpu_s))
+    if corpus is not None and solution is None and tests is None:
+        right = judge_file(corpus, options, limits, as_json=as_json)
+    elif corpus is None and solution is not None and tests is not None:
+        right = judge_solution(solution, tests, mode, entry_point, options, limits)
+    else:
+        raise ConfigError("judge: give --solution and --tests, or --corpus")
+    raise typer.Exit(0 if right else 1)
+
+
+@sandbox.command()
+def build(
+    variant: Annotated[str, typer.Option(help="base, or full: with numpy, pandas and others")] = "base",
+    tag: Annotated[str | None, typer.Option(help="name of the image; else diffrl-sandbox:VARIANT")] = None,
+    mirror: Annotated[str, typer.Option(help="where Debian's packages come from")] = MIRROR,
+) -> None:
+    """Build the judge image into the local container engine, without a registry."""
+    from actors.judge_commands import build_sandbox
+
+    build_sandbox(variant, tag, mirror)
 
 
 @app.command()
@@ -74,12 +138,33 @@ def generate(
         print(text)
 
 
+def backend_options(
+    backend: str,
+    image: str,
+    addresses: list[str] | None,
+    token_file: str | None,
+    allow_unisolated: bool,
+    slots: int = 1,
+) -> BackendOptions:
+    try:
+        return BackendOptions(
+            backend=backend,
+            slots=slots,
+            image=image,
+            addresses=tuple(addresses or ()),
+            token=read_token(token_file) if backend == "pod" else "",
+            allow_unisolated=allow_unisolated,
+        )
+    except (ValueError, SandboxError) as error:
+        raise ConfigError(str(error)) from error
+
+
 def main() -> None:
     try:
         app()
-    except ConfigError as error:
+    except (ConfigError, RunStoppedError) as error:
         print(f"diffrl: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -18,40 +17,30 @@ from diffrl.prompts import chat_ids
 from diffrl.sampler import SamplingParams, sample
 from diffrl.seeds import derive_seed
 from diffrl.types import Problem
-from sandbox.process import ProcessSandbox, require_available
-from sandbox.types import Limits, SandboxUnavailableError, TestStatus, Verdict
+from sandbox.backends import BackendOptions, open_sandbox, pods_for
+from sandbox.types import Limits, SandboxError, TestStatus, Verdict
 
-NUM_SANDBOXES = 2
 LIMITS = Limits(cpu_s=10.0, wall_s=60.0, memory_mb=1024)
 
 
-def judge_solutions(benchmark: str, path: str, solutions: str, *, allow_unisolated: bool) -> None:
+def judge_solutions(benchmark: str, path: str, solutions: str, options: BackendOptions) -> None:
     """Judge the data set's own solutions; the last line says how many pass."""
     if solutions != "canonical":
         raise ConfigError(f"--solutions: {solutions!r} is unknown; known: canonical")
     try:
         problems = benchmark_problems(benchmark, path)
         codes = [canonical_code(problem) for problem in problems]
-        require_available(allow_unisolated)
-    except (ValueError, SandboxUnavailableError) as error:
+    except ValueError as error:
         raise ConfigError(str(error)) from error
-    sandboxes: SimpleQueue[ProcessSandbox] = SimpleQueue()
-    for _ in range(NUM_SANDBOXES):
-        sandboxes.put(ProcessSandbox(allow_unisolated=allow_unisolated))
 
     def judge(problem: Problem, code: str) -> Verdict:
-        sandbox = sandboxes.get()
-        try:
-            return sandbox.judge(submission(problem, code, problem.id, LIMITS))
-        finally:
-            sandboxes.put(sandbox)
+        return pool.judge(submission(problem, code, problem.id, LIMITS))
 
     try:
-        with ThreadPoolExecutor(NUM_SANDBOXES) as threads:
+        with pods_for(options) as options, open_sandbox(options) as pool, ThreadPoolExecutor(pool.slots) as threads:
             verdicts = list(threads.map(judge, problems, codes))
-    finally:
-        for _ in range(NUM_SANDBOXES):
-            sandboxes.get().close()
+    except SandboxError as error:
+        raise ConfigError(f"sandbox: {error}") from error
     counts = Counter(status for verdict in verdicts for status in verdict.statuses)
     passed = 0
     for problem, verdict in zip(problems, verdicts, strict=True):

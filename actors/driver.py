@@ -16,17 +16,18 @@ from actors.learner import Learner
 from actors.pool import GroupBuffer, Pipeline, Request
 from actors.prepare import Prepared, prepare
 from actors.system import System
-from actors.telemetry import Telemetry
+from actors.telemetry import Telemetry, pool_metrics
 from actors.weights import Weights, fetch
 from diffrl.batches import rollout_metrics, scoring_batch, train_batch
 from diffrl.config import RLConfig
 from diffrl.data.sources import prompt_stream
+from diffrl.errors import RunStoppedError
 from diffrl.models.dream import build_model, save_model
 from diffrl.models.tokens import special_id
 from diffrl.rollout_store import write_step
 from diffrl.run_folder import create_run_folder
 from diffrl.seeds import derive_seed
-from diffrl.types import Problem, RolloutGroup, ScoredGroup, ScoringBatch
+from diffrl.types import Problem, RolloutGroup, ScoredGroup, ScoringBatch, TrainBatch
 
 
 def train(config: RLConfig, *, dry_run: bool = False) -> None:
@@ -35,10 +36,10 @@ def train(config: RLConfig, *, dry_run: bool = False) -> None:
     if dry_run:
         print(f"ready: {len(prepared.problems)} problems, {prepared.num_steps} steps; nothing was started")
         return
-    folder = create_run_folder(config)
+    folder = create_run_folder(config, sandbox=sandbox_choice(prepared))
     with (
-        System(config, prepared.tokenizer) as system,
-        Learner(config, prepared.tokenizer, prepared.num_steps) as learner,
+        System(prepared.config, prepared.tokenizer) as system,
+        Learner(prepared.config, prepared.tokenizer, prepared.num_steps) as learner,
         Telemetry(folder, prepared.num_steps) as telemetry,
     ):
         summary = Run(prepared, folder, system, learner, telemetry).train()
@@ -66,6 +67,7 @@ class Run:
         self.prompts = prompt_stream(prepared.problems, self.config.seed)
         self.evaluator = Evaluator(system.rollouts, system.judges, self.config)
         self.best: tuple[float, int] | None = None  # pass@1 and step
+        telemetry.say(f"sandbox: {', '.join(filter(None, sandbox_choice(prepared).values()))}")
         if prepared.num_left_out:
             telemetry.say(
                 f"{prepared.num_left_out} of {prepared.num_left_out + len(prepared.problems)} problems left out: "
@@ -87,17 +89,19 @@ class Run:
     def step(self, step: int) -> None:
         """One iteration of the algorithm box: sample, judge and score, learn, publish."""
         clock = Clock()
+        before = self.system.judges.broadcast("stats")
         scored, scoring, ref_logprobs = self.rollouts()
         clock.mark("time/rollouts")
+        pools = pool_metrics(before, self.system.judges.broadcast("stats"), clock.times["time/rollouts"])
         batch = train_batch(scored, scoring, ref_logprobs, self.config)
+        self.record(step, scored, batch)
+        clock.mark("time/record")
         result = self.learner.update(ray.put(batch))
         clock.mark("time/learner")
         self.publish(result.version, step)
         clock.mark("time/publish")
-        write_step(self.folder / "rollouts", step, scored, batch.advantages_B.numpy())
-        clock.mark("time/record")
         restarts = {f"restarts/{name}": pool.num_restarts for name, pool in self.system.pools().items()}
-        self.telemetry.step(step, {**rollout_metrics(scored), **result.metrics}, {**clock.times, **restarts})
+        self.telemetry.step(step, {**rollout_metrics(scored), **result.metrics}, {**clock.times, **restarts, **pools})
 
     def rollouts(self) -> tuple[list[ScoredGroup], list[ScoringBatch], list[torch.Tensor]]:
         """Sample and judge one step's groups; the reference scores each as soon as it is sampled."""
@@ -119,6 +123,20 @@ class Run:
         ordinals = [s.group.ordinal for s in scored]
         ref = [ref_logprobs[o] for o in ordinals] if self.config.method.kl_coef > 0 else []
         return scored, [scoring[o] for o in ordinals], ref
+
+    def record(self, step: int, scored: list[ScoredGroup], batch: TrainBatch) -> None:
+        """Write the step's rollouts; RunStoppedError when too many of them could not be judged to learn from the rest."""
+        path = write_step(self.folder / "rollouts", step, scored, batch.advantages_B.numpy())
+        judgements = [j for s in scored for j in s.judgements]
+        unjudged = [j for j in judgements if not j.valid]
+        share, limit = len(unjudged) / len(judgements), self.config.sandbox.max_masked_share
+        if share > limit:
+            self.export("model")
+            raise RunStoppedError(
+                f"sandbox.max_masked_share: step {step + 1} has {100 * share:.1f}% samples that could not be judged, more "
+                f"than {100 * limit:g}%; the last failure: {unjudged[-1].detail}; mend the sandbox or raise the limit "
+                f"(rollouts: {path}, policy so far: {self.folder / 'model'})"
+            )
 
     def score_reference(self, group: RolloutGroup) -> ScoringBatch:
         """Draw a group's views; the reference begins to score it while its tests run."""
@@ -176,6 +194,11 @@ class Run:
     def export(self, name: str) -> None:
         """The current policy as a Hugging Face folder, with its tokenizer."""
         export_policy(self.weights, self.prepared.tokenizer, self.folder / name)
+
+
+def sandbox_choice(prepared: Prepared) -> dict[str, str]:
+    """What judges in this run, and why."""
+    return {"backend": prepared.config.sandbox.backend, "reason": prepared.sandbox_reason}
 
 
 def export_policy(weights: Weights, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:

@@ -8,6 +8,7 @@ from actors.pool import Pipeline, Request, WorkerPool
 from actors.weights import Weights
 from diffrl.analysis import paired_bootstrap, pass_at_k
 from diffrl.config import RLConfig
+from diffrl.errors import RunStoppedError
 from diffrl.seeds import derive_seed
 from diffrl.types import Problem
 
@@ -53,7 +54,7 @@ class Evaluator:
     ) -> PassRates:
         """Unbiased in the problems given. Sampling seeds depend on (run seed, tag, problem, sample), not on the weights.
 
-        Raises RuntimeError when the judge failed on a sample: a failure of ours is not counted as one of the model.
+        Raises RunStoppedError when the judge failed on a sample: a failure of ours is not counted as one of the model.
         """
         params = self.config.sampling.params(temperature)
         requests = [
@@ -70,7 +71,7 @@ class Evaluator:
         for scored in self.pipeline.run(requests):
             unjudged = next((j for j in scored.judgements if not j.valid), None)
             if unjudged is not None:
-                raise RuntimeError(f"{scored.group.problem.id} could not be judged: {unjudged.detail}")
+                raise RunStoppedError(f"evaluation: {scored.group.problem.id} could not be judged: {unjudged.detail}")
             correct[scored.group.ordinal] = sum(
                 j.format == 1.0 and all(s == "passed" for s in j.statuses or ()) for j in scored.judgements
             )

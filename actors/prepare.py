@@ -1,20 +1,21 @@
 """Everything that a user can get wrong is found here, before the first actor starts."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from diffrl.config import RLConfig
+from actors.reward import backend_options
+from diffrl.config import RLConfig, SandboxConfig
 from diffrl.data.sources import problems_of
 from diffrl.errors import ConfigError
 from diffrl.models.loading import check_policy, load_policy_tokenizer
 from diffrl.prompts import chat_ids
 from diffrl.run_folder import check_run_folder
 from diffrl.types import Problem
-from sandbox.process import require_available
+from sandbox.backends import choose_backend, require_available
 from sandbox.types import SandboxUnavailableError
 
 
@@ -22,7 +23,8 @@ from sandbox.types import SandboxUnavailableError
 class Prepared:
     """What a run needs, checked and loaded."""
 
-    config: RLConfig
+    config: RLConfig  # with an absolute model.path, and the sandbox.backend that was chosen
+    sandbox_reason: str  # why that one; "" when the config names it
     tokenizer: PreTrainedTokenizerFast
     problems: list[Problem]
     eval_problems: list[Problem]
@@ -36,7 +38,7 @@ def prepare(config: RLConfig) -> Prepared:
     try:
         check_run_folder(Path(config.run_dir), config.model.path)
         check_devices(config)
-        require_available(config.sandbox.allow_unisolated)
+        sandbox, sandbox_reason = choose_sandbox(config.sandbox)
         tokenizer = load_policy_tokenizer(config.model)
         check_policy(config.model, tokenizer)
         problems = problems_of(config.data)
@@ -62,7 +64,8 @@ def prepare(config: RLConfig) -> Prepared:
             )
     prompts = config.train.prompts_per_step
     return Prepared(
-        config=absolute_model_path(config),
+        config=absolute_model_path(config).model_copy(update={"sandbox": sandbox}),
+        sandbox_reason=sandbox_reason,
         tokenizer=tokenizer,
         problems=fitting,
         eval_problems=held_out[0],
@@ -70,6 +73,15 @@ def prepare(config: RLConfig) -> Prepared:
         num_left_out=len(problems) - len(fitting),
         num_steps=config.train.steps or max(1, config.train.epochs * len(fitting) // prompts),
     )
+
+
+def choose_sandbox(config: SandboxConfig) -> tuple[SandboxConfig, str]:
+    """The config with one backend for all reward workers, which can be used here; and why that one."""
+    reasons: list[str] = []
+    options = backend_options(config)
+    backend = choose_backend(options, reasons.append)
+    require_available(replace(options, backend=backend))
+    return config.model_copy(update={"backend": backend}), "; ".join(reasons)
 
 
 def check_devices(config: RLConfig) -> None:

@@ -17,6 +17,7 @@ from actors.weights import WeightStore
 from diffrl.config import RLConfig
 
 STORE_CPUS = 0.1
+CLOSE_S = 10.0  # for the sandboxes of all reward workers; what is left then ends with its worker
 
 
 class System:
@@ -62,6 +63,8 @@ class System:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        closing = [worker.close.remote() for worker in self.judges.workers]
+        ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S)
         for pool in self.pools().values():
             pool.close()
         kill(self.store)

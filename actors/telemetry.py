@@ -1,7 +1,7 @@
 """What a run tells: one line per step on the terminal, metrics.jsonl, the tables of a report."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from actors.evaluate import PassRates
 from diffrl.run_folder import MetricsFile
+from sandbox.pool import PoolStats
 
 
 class Telemetry:
@@ -41,14 +42,16 @@ class Telemetry:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def step(self, step: int, metrics: Mapping[str, float], times: Mapping[str, float]) -> None:
-        """`times` is what may differ between equal runs: seconds and restarts."""
+        """`times` is what may differ between equal runs: seconds, restarts, what the pools of sandboxes did."""
         self.metrics.write({"step": step, **metrics, **times})
         self.progress.update(self.task, completed=step + 1)
+        unjudged = metrics["sandbox/infra_error_frac"]
         seconds = sum(v for k, v in times.items() if k.startswith("time/"))
         self.say(
             f"step {step + 1:>4}/{self.num_steps}  reward {metrics['reward/mean']:.3f}  "
             f"solved {100 * metrics['reward/solved_frac']:5.1f}%  loss {metrics['loss/total']:+.4f}  "
             f"kl {metrics['loss/kl']:.4f}  grad {metrics['optim/grad_norm']:.3f}  {seconds:.1f}s"
+            + (f"  not judged {100 * unjudged:.1f}%" if unjudged else "")
         )
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -76,3 +79,17 @@ class SupervisedTelemetry(Telemetry):
         if (step + 1) % max(1, self.num_steps // 10) == 0:
             loss, accuracy = metrics["loss/diffusion"], metrics["loss/accuracy"]
             self.say(f"step {step + 1:>5}/{self.num_steps}  loss {loss:.3f}  accuracy of hidden tokens {accuracy:.3f}")
+
+
+def pool_metrics(before: Sequence[PoolStats], after: Sequence[PoolStats], seconds: float) -> dict[str, float]:
+    """What the reward workers' pools of sandboxes did in a time: sums, and means over that time for each worker."""
+    metrics = {"pool/cpu_ms": 0.0, "pool/infra_errors": 0, "pool/restarts": 0}
+    for worker, (old, new) in enumerate(zip(before, after, strict=True)):
+        restarted = new.busy_s < old.busy_s  # a new worker counts from zero
+        since = (lambda a, b: b) if restarted else (lambda a, b: b - a)
+        metrics["pool/cpu_ms"] += since(old.cpu_ms, new.cpu_ms)
+        metrics["pool/infra_errors"] += since(sum(old.errors.values()), sum(new.errors.values()))
+        metrics["pool/restarts"] += since(old.restarts, new.restarts)
+        metrics[f"pool/{worker}/busy_slots"] = since(old.busy_s, new.busy_s) / seconds
+        metrics[f"pool/{worker}/queue_depth"] = since(old.waited_s, new.waited_s) / seconds
+    return {name: round(value, 4) for name, value in metrics.items()}

@@ -107,6 +107,7 @@ def rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
         "reward/format": sum(j.format for j in judged) / num_judged,
         "reward/equal_groups_frac": sum(equal) / len(equal),
         "sandbox/infra_error_frac": 1 - len(judged) / len(judgements),
+        "sandbox/low_trust_frac": sum(j.low_trust for j in judged) / num_judged,
         "rollout/completion_tokens": sum(lengths) / len(lengths),
         **counts,
     }

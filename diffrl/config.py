@@ -4,7 +4,7 @@
 Files are read by `config_file.load_config`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -224,14 +224,37 @@ class LearnerConfig(Section):
 
 
 class SandboxConfig(Section):
-    """Where and within which limits programs are judged."""
+    """Where and within which limits programs are judged. Each reward worker has sandboxes of its own."""
 
-    backend: Literal["process"] = "process"
-    allow_unisolated: bool = False  # run untrusted programs without bubblewrap; says yes to the danger in so many words
-    cpu_s: Annotated[float, Field(gt=0)] = 2.0
-    wall_s: Annotated[float, Field(gt=0)] = 20.0
-    memory_mb: Positive = 512
-    attempts: Positive = 2  # tries on different workers before a sample counts as not judged
+    backend: Literal["auto", "docker", "process", "pod"] = "auto"  # auto: docker if it can be used, else process
+    slots: Positive = 2  # programs that one reward worker judges at the same time
+    slots_per_container: Positive = 1  # docker: several share a memory limit; pod: of one connection
+    image: str = "diffrl-sandbox:base"  # docker
+    runtime: str | None = None  # docker: an OCI runtime such as runsc; None: the engine's default
+    addresses: Sequence[str] = []  # pod: host:port of each, or of a Service in front of them
+    token_file: str | None = (
+        None  # pod: file with the pods' secret, on every node; None: environment DIFFRL_SANDBOX_TOKEN
+    )
+    allow_unisolated: bool = False  # process without bubblewrap; says yes to the danger in so many words
+    cpu_s: Annotated[float, Field(gt=0)] = 2.0  # per test; decides
+    wall_s: Annotated[float, Field(gt=0)] = 20.0  # per test; the backstop for programs that wait
+    memory_mb: Annotated[int, Field(ge=64)] = 512
+    attempts: Positive = 2  # tries in different sandboxes, then on different workers, before a sample is masked
+    max_masked_share: Fraction = 0.25  # a run stops when a larger share of a step's samples could not be judged
+    pay_low_trust: bool = True  # false: a test that ran beside the solution, which could forge it, earns nothing
+
+    @model_validator(mode="after")
+    def check(self):
+        pod, docker = self.backend == "pod", self.backend == "docker"
+        require(not pod or bool(self.addresses), "addresses", self.addresses, "name a host:port with backend pod")
+        for address in self.addresses:
+            host, _, port = address.rpartition(":")
+            require(bool(host) and port.isdecimal(), "addresses", address, "be host:port")
+        require(pod or not self.addresses, "backend", self.backend, "be pod when addresses are given")
+        require(pod or self.token_file is None, "backend", self.backend, "be pod when token_file is given")
+        require(docker or self.runtime is None, "backend", self.backend, "be docker when runtime is given")
+        require(self.wall_s >= self.cpu_s, "wall_s", self.wall_s, f"be at least cpu_s {self.cpu_s:g}")
+        return self
 
 
 class EvalConfig(Section):

@@ -9,6 +9,10 @@ class ConfigError(ValueError):
     """The user's input cannot be used; the message is one line."""
 
 
+class RunStoppedError(RuntimeError):
+    """A run cannot go on as it should; the message is one line."""
+
+
 def require(ok: bool, field: str, value: Any, way_out: str) -> None:
     """Cross-field check: `field: value must way_out`."""
     if not ok:

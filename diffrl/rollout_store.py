@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from diffrl.prompts import build_prompt
 from diffrl.types import Judgement, Rollout, RolloutGroup, ScoredGroup
 
-SCHEMA_VERSION = 1  # raise it with every change of a column
+SCHEMA_VERSION = 2  # raise it with every change of a column
 _VERSION_KEY = b"diffrl.rollout_store.version"
 _FILE_NAME = re.compile(r"step_(\d{6,})\.parquet")
 
@@ -43,6 +43,7 @@ SCHEMA = pa.schema(
         pa.field("pass_rate", pa.float64(), nullable=False),
         pa.field("advantage", pa.float32(), nullable=False),
         pa.field("valid", pa.bool_(), nullable=False),
+        pa.field("low_trust", pa.bool_(), nullable=False),  # a test ran in the program's own process
         pa.field("seed", pa.uint64(), nullable=False),
         pa.field("policy_version", pa.int64(), nullable=False),
         pa.field("cpu_s", pa.float64(), nullable=False),
@@ -121,6 +122,7 @@ def _row(step: int, group: RolloutGroup, rollout: Rollout, judgement: Judgement,
         "pass_rate": judgement.pass_rate,
         "advantage": advantage,
         "valid": judgement.valid,
+        "low_trust": judgement.low_trust,
         "seed": rollout.seed,
         "policy_version": group.policy_version,
         "cpu_s": judgement.cpu_s,

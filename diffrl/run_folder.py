@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from diffrl.config import AnyConfig
 from diffrl.config_file import dump_config
@@ -15,8 +16,11 @@ from diffrl.errors import ConfigError
 SCHEMA_VERSION = 1  # of the folder; raised with every change that an older reader would misread
 
 
-def create_run_folder(config: AnyConfig) -> Path:
-    """Make `config.run_dir` and write config.yaml and run.json. Raises ConfigError for a folder we must not touch."""
+def create_run_folder(config: AnyConfig, **facts: Any) -> Path:
+    """Make `config.run_dir` and write config.yaml and run.json, which takes `facts` of the run that no config says.
+
+    Raises ConfigError for a folder we must not touch.
+    """
     path = Path(config.run_dir)
     check_run_folder(path, config.model.path)
     if path.exists() and any(path.iterdir()):
@@ -24,7 +28,7 @@ def create_run_folder(config: AnyConfig) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.yaml").write_text(dump_config(config))
     run = {"schema_version": SCHEMA_VERSION, "version": version("diffrl"), "git_commit": git_commit(), "attempt": 1}
-    (path / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+    (path / "run.json").write_text(json.dumps(run | facts, indent=2) + "\n")
     return path
 
 
@@ -70,7 +74,7 @@ def git_commit() -> str | None:
 
 class MetricsFile:
     """metrics.jsonl: a line per step and per evaluation, keys sorted. Equal seeds and configs give equal lines, apart
-    from `time/*` and `restarts/*`."""
+    from `time/*`, `restarts/*` and `pool/*`."""
 
     def __init__(self, run_folder: Path):
         self.path = run_folder / "metrics.jsonl"

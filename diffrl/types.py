@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-TestModeName = Literal["asserts", "check_function"]
+TestModeName = Literal["asserts", "check_function", "stdin", "unittest"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +76,7 @@ class Judgement:
     pass_rate: float  # share of graded tests that passed; 0 unless the format is right
     statuses: tuple[str, ...] | None
     cpu_s: float
+    low_trust: bool = False  # a test ran in the program's own process, where it could forge the status
     detail: str = ""
 
     @property

@@ -138,7 +138,10 @@ def problems_row(row: Row, num_prompt_tests: int) -> Problem:
     if mode == "check_function" and entry_point is None:
         raise ValueError("field 'entry_point' is missing: test_mode check_function calls it")
     prompt_tests = _texts(row, "prompt_tests")
-    unshown = prompt_tests[num_prompt_tests:] if mode == "asserts" else ()
+    if mode == "stdin":
+        for test in (*prompt_tests, *_texts(row, "reward_tests")):
+            _check_stdin_test(test)
+    unshown = prompt_tests[num_prompt_tests:] if mode in ("asserts", "stdin") else ()
     shown = prompt_tests[:num_prompt_tests]
     return Problem(
         id=_identifier(row, "id"),
@@ -223,6 +226,15 @@ def _texts(row: Row, field: str, default: tuple[str, ...] | None = None) -> tupl
 def _identifier(row: Row, field: str) -> str:
     value = row.get(field)
     return str(value) if isinstance(value, int) else _text(row, field)
+
+
+def _check_stdin_test(test: str) -> None:
+    try:
+        fields_ = json.loads(test)
+    except ValueError as error:
+        raise ValueError(f"test {test[:60]!r} of test_mode stdin is not JSON ({error})") from None
+    if not isinstance(fields_, dict) or not all(isinstance(fields_.get(key), str) for key in ("stdin", "stdout")):
+        raise ValueError(f'test {test[:60]!r} of test_mode stdin must be {{"stdin": text, "stdout": text}}')
 
 
 def _without(graded: tuple[str, ...], shown: tuple[str, ...]) -> tuple[str, ...]:

@@ -86,6 +86,7 @@ def rl_config(model: Path, problems_file: Path, run_dir: Path, **sections: dict)
         "judge": {"cpus_per_worker": 0.25},
         "reference": {"cpus": 0.25},
         "learner": {"cpus_per_rank": 0.25},
+        "sandbox": {"backend": "process"},  # whatever engine this machine has
     }
     for name, section in sections.items():
         raw[name] = {**raw.get(name, {}), **section}

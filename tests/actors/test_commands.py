@@ -28,6 +28,9 @@ COMMANDS = (
     "diffrl train configs/mbpp.yaml",
     "diffrl config",
     "diffrl eval",
+    "diffrl judge --solution",
+    "diffrl judge --corpus",
+    "diffrl sandbox build",
     "diffrl generate",
     "ray job submit",
 )
@@ -40,7 +43,9 @@ def readme_commands() -> list[str]:
     lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", text)
     commands = [line.partition("  #")[0].strip() for line in lines]
     return [
-        c for c in commands if re.match(r"(diffrl (train|eval|generate|config)|ray|python3?|\S+/python3?) [^A-Z]", c)
+        c
+        for c in commands
+        if re.match(r"(diffrl (train|eval|generate|config|judge|sandbox)|ray|python3?|\S+/python3?) [^A-Z]", c)
     ]
 
 
@@ -137,6 +142,24 @@ def test_humaneval_wrong_solutions_fail(tmp_path: Path):
     stdout = succeeds(["diffrl", "eval", "--benchmark", "humaneval", "--data", str(tmp_path / "few.jsonl")])
     assert stdout.splitlines()[-1] == "humaneval: 2 of 3 canonical solutions pass"
     assert rows[1]["task_id"] in stdout
+
+
+@pytest.mark.docker
+def test_judge_one_program_with_and_without_the_image(container_engine: str):
+    """`--backend auto` takes docker as soon as the image is there; the verdicts are the same."""
+    judge = readme("diffrl judge --solution")
+    before = succeeds(judge, DOCKER_HOST="unix:///nowhere/docker.sock").splitlines()
+    assert succeeds(readme("diffrl sandbox build"), DOCKER_HOST=container_engine).startswith("sha256:")
+    after = succeeds(judge, DOCKER_HOST=container_engine).splitlines()
+    assert [line.split()[0] for line in before] == [line.split()[0] for line in after] == ["passed"] * 3 + ["3"]
+    assert before[3].startswith("3 of 3 tests passed, high trust, ") and before[3].endswith(", process backend")
+    assert after[3].endswith(", docker backend")
+
+
+def test_judge_a_corpus_of_hostile_programs():
+    """Exit status 0: nothing was paid, lost or left behind that should not be."""
+    stdout = succeeds(readme("diffrl judge --corpus", **{"../shared": str(shared_file(""))}))
+    assert stdout.splitlines()[-1].startswith("programs 42, false_rewards 0, lost 0, wrong 0, hung 0, ")
 
 
 def test_generate_prints_a_completion(tuned_model: Path):

@@ -20,7 +20,7 @@ from diffrl.run_folder import create_run_folder
 from diffrl.types import RolloutGroup, ScoredGroup, ScoringBatch
 from tests.actors.conftest import rl_config
 
-VOLATILE = ("time/", "restarts/")
+VOLATILE = ("time/", "restarts/", "pool/")
 
 
 def metric_lines(run_dir: Path) -> list[str]:
@@ -52,7 +52,8 @@ def test_run_folder_holds_what_happened(plain_run: Path):
             mean = sum(r["reward"] for r in group) / len(group)
             assert [r["advantage"] for r in group] == pytest.approx([r["reward"] - mean for r in group], abs=1e-6)
     assert [r["ordinal"] for r in table] == sorted(r["ordinal"] for r in table)
-    assert json.loads((plain_run / "run.json").read_text())["attempt"] == 1
+    run = json.loads((plain_run / "run.json").read_text())
+    assert run["attempt"] == 1 and run["sandbox"] == {"backend": "process", "reason": ""}
 
 
 def test_first_step_is_on_policy(plain_run: Path):

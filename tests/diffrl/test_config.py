@@ -347,7 +347,15 @@ def test_files_that_cannot_be_used(write, tmp_path):
         (["model.tiny.hidden_size=30"], "model.tiny.hidden_size: 30 must be a multiple of num_heads 4"),
         (["model.tiny.num_kv_heads=3"], "model.tiny.num_heads: 4 must be a multiple of num_kv_heads 3"),
         (["learner.zero_stage=3"], "learner.zero_stage: 3 must be 0 or 1"),
-        (["sandbox.backend=none"], "sandbox.backend: 'none' must be 'process'"),
+        (["sandbox.backend=none"], "sandbox.backend: 'none' must be 'auto', 'docker', 'process' or 'pod'"),
+        (["sandbox.backend=pod"], "sandbox.addresses: [] must name a host:port with backend pod"),
+        (["sandbox.backend=pod", "sandbox.addresses=[a:1,b]"], "sandbox.addresses: 'b' must be host:port"),
+        (["sandbox.addresses=[a:1]"], "sandbox.backend: 'auto' must be pod when addresses are given"),
+        (["sandbox.token_file=t"], "sandbox.backend: 'auto' must be pod when token_file is given"),
+        (["sandbox.runtime=runsc"], "sandbox.backend: 'auto' must be docker when runtime is given"),
+        (["sandbox.slots=0"], "sandbox.slots: 0 must be greater than or equal to 1"),
+        (["sandbox.wall_s=1.5"], "sandbox.wall_s: 1.5 must be at least cpu_s 2"),
+        (["sandbox.max_masked_share=1.5"], "sandbox.max_masked_share: 1.5 must be less than or equal to 1"),
     ],
 )
 def test_values_that_cannot_be_used(overrides, message, base):
@@ -377,6 +385,8 @@ def test_supervised_stages(write, text, message):
         ["train.prompts_per_step=24", "learner.num_ranks=4"],
         ["sampling.steps=34"],
         ["data.source=mbpp", "data.path=somewhere.jsonl"],
+        ["sandbox.backend=pod", "sandbox.addresses=[10.0.0.7:7010]", "sandbox.token_file=token"],
+        ["sandbox.backend=docker", "sandbox.runtime=runsc"],
     ],
 )
 def test_the_ways_out_work(overrides, base):

@@ -7,7 +7,9 @@ from diffrl import rollout_store
 from diffrl.rollout_store import SCHEMA, read_all, read_step, write_step
 from diffrl.types import Judgement, Problem, Rollout, RolloutGroup, ScoredGroup
 
-JUDGED = Judgement(reward=1.5, format=1.0, pass_rate=0.5, statuses=("passed", "failed"), cpu_s=0.25, detail="x\ud800")
+JUDGED = Judgement(
+    reward=1.5, format=1.0, pass_rate=0.5, statuses=("passed", "failed"), cpu_s=0.25, low_trust=True, detail="x\ud800"
+)
 UNJUDGED = Judgement(reward=0.0, format=0.0, pass_rate=0.0, statuses=None, cpu_s=0.0, detail="judge died")
 
 
@@ -59,19 +61,21 @@ def test_a_step_comes_back_as_it_was(tmp_path):
         "pass_rate": 0.5,
         "advantage": 0.5,
         "valid": True,
+        "low_trust": True,
         "seed": 2**64 - 1,
         "policy_version": 4,
         "cpu_s": 0.25,
         "detail": "x\\ud800",
     }
-    assert (rows[1]["statuses"], rows[1]["valid"], rows[1]["detail"]) == (None, False, "judge died")
+    assert (rows[1]["statuses"], rows[1]["valid"], rows[1]["low_trust"]) == (None, False, False)
+    assert rows[1]["detail"] == "judge died"
 
 
 def test_files_are_zstd_and_carry_the_schema_version(tmp_path):
     path = write_step(tmp_path, 0, [scored(0, JUDGED)], [0.0])
     metadata = pq.read_metadata(path)
     assert {metadata.row_group(0).column(i).compression for i in range(metadata.num_columns)} == {"ZSTD"}
-    assert pq.read_schema(path).metadata[b"diffrl.rollout_store.version"] == b"1"
+    assert pq.read_schema(path).metadata[b"diffrl.rollout_store.version"] == b"2"
 
 
 def test_writing_a_step_again_replaces_it(tmp_path):
@@ -120,8 +124,8 @@ def test_advantages_must_fit_the_rollouts(tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        (None, "has no rollout schema version, this diffrl reads 1: use the diffrl that wrote it"),
-        ({"diffrl.rollout_store.version": "2"}, "has rollout schema version 2, this diffrl reads 1"),
+        (None, "has no rollout schema version, this diffrl reads 2: use the diffrl that wrote it"),
+        ({"diffrl.rollout_store.version": "1"}, "has rollout schema version 1, this diffrl reads 2"),
     ],
 )
 def test_other_schema_versions_are_refused(tmp_path, metadata, message):
