@@ -6,10 +6,10 @@ another OCI runtime (`runtime: runsc` for gVisor); the tests from the program an
 uids, see sandbox/judge/. A program's own processes, files and System V objects are gone before the next one starts in
 its slot. Nothing is mounted from this machine, and the environment inside is empty.
 
-Does not protect: kernel bugs (name gVisor for that); timing channels. Slots of one container share /dev/shm, abstract
-sockets, its memory limit and the view of /proc: programs that run at the same time can talk there, or use it up for
-each other; their working folder and /tmp are their own. Set one slot per container where that matters. Who may talk
-to the engine is root on its machine: that is this process, never a program.
+Does not protect: kernel bugs (name gVisor for that); timing channels. Slots of one container share /dev/shm, System V
+keys, loopback, its memory limit and the view of /proc: programs that run at the same time can talk there, or use it up
+for each other; their working folder and /tmp are their own. Where that matters, have one slot in each container. Who
+may talk to the engine is root on its machine: that is this process, never a program.
 """
 
 import contextlib

@@ -87,7 +87,10 @@ class PodSandbox:
 
 @contextlib.contextmanager
 def local_pod(image: str, engine_url: str | None = None, slots: int = 4) -> Iterator[tuple[str, str]]:
-    """One pod of the judge image in this machine's engine, on a network that leads nowhere: (address, token)."""
+    """One pod of the judge image in this machine's engine, on a network that leads to this machine only.
+
+    Yields (address, token). For trying the backend: programs in there can reach services that listen on this machine.
+    """
     token = secrets.token_hex(16)
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(contextlib.closing(engine_of(engine_url)))

@@ -9,7 +9,8 @@ class RunningCpu:
     """What runs below a zygote has used, and what has ended there without being waited for by the zygote.
 
     The kernel adds the time of an ended process to the one that waited for it, and to nobody when it was ignored; what
-    was seen of the latter is remembered here, so at most the time between two looks is lost.
+    was seen of the latter is remembered here. Not counted: ignored processes that live for less than the time between two
+    looks. A program can use CPU in such children up to its wall-clock limit.
     """
 
     def __init__(self) -> None:
