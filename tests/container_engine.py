@@ -98,7 +98,7 @@ def _answers(url: str) -> bool:
 
 def _remove_containers(url: str) -> None:
     with contextlib.closing(docker.DockerClient(url)) as client:
-        for container in client.containers.list(all=True):
+        for container in client.containers.list(all=True, ignore_removed=True):
             container.remove(force=True)
 
 

@@ -92,7 +92,7 @@ class Sniper(threading.Thread):
         self.client.close()
 
     def kill_container(self) -> None:
-        containers = self.client.containers.list(filters={"label": "diffrl.sandbox"})
+        containers = self.client.containers.list(ignore_removed=True, filters={"label": "diffrl.sandbox"})
         if containers:
             try:
                 self.random.choice(containers).kill("SIGKILL")
@@ -178,7 +178,7 @@ def assert_nothing_left(engine_url: str) -> None:
     folder = engine_url.removeprefix("unix://").rpartition("/")[0]
     deadline = time.monotonic() + 60
     while True:
-        containers = client.containers.list(all=True)
+        containers = client.containers.list(all=True, ignore_removed=True)
         processes = [pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if uid_of(pid) >= 1 << 20]
         mounts = [line for line in Path("/proc/self/mounts").read_text().splitlines() if f" {folder}/data/" in line]
         if not containers and not processes and not [mount for mount in mounts if "/merged" in mount]:

@@ -131,7 +131,7 @@ def test_a_pool_of_each_backend_judges(backend: str, slots: int, request: pytest
 def test_a_pod_is_started_where_none_is_named_and_gone_afterwards(docker_options: BackendOptions) -> None:
     def containers() -> set[str]:
         with contextlib.closing(docker.DockerClient(docker_options.engine_url)) as engine:
-            return {c.id or "" for c in engine.containers.list(all=True)}
+            return {c.id or "" for c in engine.containers.list(all=True, ignore_removed=True)}
 
     before = containers()
     options = BackendOptions(backend="pod", slots=1, image=docker_options.image, engine_url=docker_options.engine_url)
@@ -151,7 +151,7 @@ def test_containers_that_are_killed_cost_no_verdict(docker_options: BackendOptio
     slow = "import time\ndef f(x):\n    time.sleep(0.05)\n    return x * x\n"
     options = replace(docker_options, slots=4, slots_per_container=2)
     with contextlib.closing(docker.DockerClient(docker_options.engine_url)) as engine:
-        before = {c.id for c in engine.containers.list(all=True)}
+        before = {c.id for c in engine.containers.list(all=True, ignore_removed=True)}
         with open_sandbox(options, attempts=10) as pool, ThreadPoolExecutor(6) as threads:
             submissions = [Submission(id=str(i), code=slow, tests=("assert f(3) == 9",) * 4) for i in range(30)]
             futures = [threads.submit(pool.judge, submission) for submission in submissions]
@@ -162,4 +162,4 @@ def test_containers_that_are_killed_cost_no_verdict(docker_options: BackendOptio
                     ours[0].kill()
             assert [future.result(600).statuses for future in futures] == [(PASSED,) * 4] * 30
             assert pool.stats().restarts >= 1 and sum(pool.stats().errors.values()) >= 1
-        assert {c.id for c in engine.containers.list(all=True)} == before
+        assert {c.id for c in engine.containers.list(all=True, ignore_removed=True)} == before

@@ -75,7 +75,7 @@ def children(pid: int) -> list[int]:
 
 
 def running(engine: docker.DockerClient) -> set[str]:
-    return {container.id for container in engine.containers.list(all=True)}
+    return {container.id for container in engine.containers.list(all=True, ignore_removed=True)}
 
 
 def test_every_status(sandbox: ContainerSandbox) -> None:
@@ -368,7 +368,9 @@ def test_an_image_of_another_version(container_engine: str, judge_image: str, en
     other = api.commit(
         api.create_container(judge_image)["Id"], "diffrl-other", "1", changes="LABEL diffrl.judge=0123456789abcdef"
     )
-    for container in engine.containers.list(all=True, filters={"ancestor": judge_image, "status": "created"}):
+    for container in engine.containers.list(
+        all=True, ignore_removed=True, filters={"ancestor": judge_image, "status": "created"}
+    ):
         container.remove()
     try:
         with pytest.raises(SandboxUnavailableError, match=r"another version of the judge.*diffrl sandbox build"):
