@@ -71,7 +71,7 @@ class Sampler:
 
 
 class Sniper(threading.Thread):
-    """Kills a container every second or so, and now and then the process of a reward worker."""
+    """Kills a container every half second or so, and now and then the process of a reward worker."""
 
     def __init__(self, engine_url: str, judges: WorkerPool) -> None:
         super().__init__(daemon=True)
@@ -83,7 +83,7 @@ class Sniper(threading.Thread):
 
     def run(self) -> None:
         shots = 0
-        while not self.over.wait(self.random.uniform(0.5, 1.5)):
+        while not self.over.wait(self.random.uniform(0.3, 0.9)):
             shots += 1
             if shots % 8 == 3:
                 self.kill_worker()
@@ -155,7 +155,7 @@ def test_every_program_gets_its_verdict_or_none(
         f"{num_groups * GROUP_SIZE} programs, {sniper.killed_containers} containers and {sniper.killed_workers} workers"
         f" killed, {judges.num_restarts} workers restarted, {len(masked)} samples masked"
     )
-    assert sniper.killed_containers >= 3 and sniper.killed_workers >= 1
+    assert sniper.killed_containers >= 2 and sniper.killed_workers >= 1
     assert len(masked) <= 0.05 * num_groups * GROUP_SIZE
     assert_nothing_left(container_engine)
 

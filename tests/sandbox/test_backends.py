@@ -157,7 +157,7 @@ def test_containers_that_are_killed_cost_no_verdict(docker_options: BackendOptio
             futures = [threads.submit(pool.judge, submission) for submission in submissions]
             for _ in range(2):
                 time.sleep(0.5)
-                ours = [c for c in engine.containers.list() if c.id not in before]
+                ours = [c for c in engine.containers.list(ignore_removed=True) if c.id not in before]
                 if ours:
                     ours[0].kill()
             assert [future.result(600).statuses for future in futures] == [(PASSED,) * 4] * 30
