@@ -234,17 +234,15 @@ class Zygote:
 
     def _wipe(self) -> bool:
         """Removes what the program left, as the program's own uid; False when something remains."""
-        if self._scope != "uid":
-            self._reset_folders()  # one that is closed cannot be listed
-        if self._entries() or self._sysv_objects():
-            self._remove_all()
-        left = self._entries() or self._sysv_objects()
-        if self._scope != "uid":
-            self._reset_folders()  # removing has left times on them
-        return not left
+        self._reset_folders()  # first, as one that is closed cannot be listed
+        if not self._entries() and not self._sysv_objects():
+            return True
+        self._remove_all()
+        self._reset_folders()  # removing has left times on them
+        return not self._entries() and not self._sysv_objects()
 
     def _reset_folders(self) -> None:
-        for folder in self._scratch:
+        for folder in self._scratch if self._scope != "uid" else ():  # there each program gets a new one
             cleaning.reset(folder, 0o700 if self._scope == "tree" else 0o1777)
 
     def _remove_all(self) -> None:
