@@ -164,10 +164,10 @@ def remove_sysv(objects: Iterable[tuple[str, int]]) -> None:
 
 
 def _sysv_rows(kind: str) -> Iterator[dict[str, str]]:
-    with contextlib.suppress(FileNotFoundError), open(f"/proc/sysvipc/{kind}") as file:
-        names = next(file).split()
-        for line in file:
-            yield dict(zip(names, line.split(), strict=False))
+    with contextlib.suppress(FileNotFoundError), open(f"/proc/sysvipc/{kind}", "rb", buffering=0) as file:
+        head, *lines = file.read().decode().splitlines()
+        for line in lines:
+            yield dict(zip(head.split(), line.split(), strict=False))
 
 
 def _pids() -> list[int]:

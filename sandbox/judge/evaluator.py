@@ -73,10 +73,7 @@ class Evaluator:
         sources = (self._setup, source)
         if not wanted.isdisjoint(SHARED_WORDS) and shares_state(sources):
             raise self._peer.spoil("beside", "a test that shares more with the program than calls")
-        found = self._peer.ask("names", names=sorted(wanted)).get("v")
-        if not isinstance(found, dict):
-            raise self._peer.lost("garbage for names")
-        found = {name: found[name] for name in sorted(wanted) if name in found and not name.startswith("__")}
+        found = self._peer.names(wanted)
         self._peer.read(sources, frozenset(found), self._entry_point)
         scope: dict[str, Any] = {"__name__": "tests", "__builtins__": builtins}
         if self._entry_point not in found and self._entry_point in vars(builtins):

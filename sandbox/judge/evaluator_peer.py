@@ -43,6 +43,7 @@ class EvaluatorPeer(Peer):
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(sock, first_number=int.from_bytes(os.urandom(5), "big"))
         self._offered: dict[int, frozenset[str]] = {}  # number of an object of the tests -> what may be asked of it
+        self._found: tuple[list[str], dict[str, list[Wire]]] | None = None  # the last names, while they surely hold
         self.start_test()
 
     def start_test(self) -> None:
@@ -116,14 +117,30 @@ class EvaluatorPeer(Peer):
         if changes := self.told():
             fields["w"] = changes
         answer = super().ask(op, **fields)
+        if op != "call" or not answer.keys().isdisjoint(("w", "g", "held")):
+            self._found = None
         try:
             if "w" in answer:
                 self.hear(answer["w"])
             for name, description in answer.get("g", {}).items():
-                self._rebind(name, description)
+                if description is not None:  # a name that the program has deleted stays what it was
+                    self._rebind(name, description)
         except (BadValueError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise self.lost(f"garbage: {error}") from None
         return answer
+
+    def names(self, wanted: Iterable[str]) -> dict[str, list[Wire]]:
+        """What the program defines of these names; a request only if it may be something else than for the test before."""
+        wanted = sorted(wanted)
+        if self._found and self._found[0] == wanted:
+            return self._found[1]
+        found = self.ask("names", names=wanted).get("v")
+        if not isinstance(found, dict):
+            raise self.lost("garbage for names")
+        found = {name: found[name] for name in wanted if name in found and not name.startswith("__")}
+        if all(map(_is_lasting, found.values())):
+            self._found = wanted, found
+        return found
 
     def bind(self, name: str, description: list[Wire]) -> Any:
         """The value of one of the program's names."""
@@ -242,6 +259,12 @@ class EvaluatorPeer(Peer):
         if op == "call":
             return self.call(self.exported[number], message)
         return lazies.serve_step(self, op, number, message)
+
+
+def _is_lasting(description: list[Wire]) -> bool:
+    """Whether a name's description holds until the program binds the name anew."""
+    kind, *rest = description
+    return kind in ("module", "standard") or (kind == "value" and (type(rest[0]) is not list or rest[0][0] == "mine"))
 
 
 def _standard_function(value: Any) -> list[Wire]:

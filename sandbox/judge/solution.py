@@ -28,6 +28,8 @@ from sandbox.judge.link import GoneError
 from sandbox.judge.solution_peer import SolutionPeer
 
 _SCRIPT = "script.py"
+_COPIED_BUILTINS = types.ModuleType("builtins")  # made once, as this process has a single program
+vars(_COPIED_BUILTINS).update(vars(builtins))
 _ENVIRONMENT = {"LANG": "C.UTF-8", "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
@@ -66,10 +68,8 @@ def _new_namespace(*, own_builtins: bool) -> dict[str, Any]:
     sys.modules["solution"] = module  # dataclasses and enum look their module up
     namespace = vars(module)
     if own_builtins:
-        copied = types.ModuleType("builtins")
-        vars(copied).update(vars(builtins))
-        sys.modules["builtins"] = copied
-        namespace["__builtins__"] = vars(copied)
+        sys.modules["builtins"] = _COPIED_BUILTINS
+        namespace["__builtins__"] = vars(_COPIED_BUILTINS)
     return namespace
 
 

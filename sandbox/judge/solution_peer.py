@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from sandbox.judge import lazies
@@ -29,6 +29,7 @@ _FUNCTIONS: tuple[type, ...] = (
     types.MethodDescriptorType,
 )
 _FUNCTIONS += (types.WrapperDescriptorType, types.MethodWrapperType, types.ClassMethodDescriptorType)
+_ABSENT = object()
 _MAX_HELD = 5000  # parts of containers in attributes and globals that are compared at every request
 _PERFORM: dict[str, Any] = {
     f"__{function.__name__}__": function
@@ -54,7 +55,7 @@ class SolutionPeer(Peer):
         self._descriptions: dict[int, list[Wire]] = {}  # number of a class -> what the other side is told
         self._describing: set[int] = set()
         self._kept: set[int] = set()  # ids of classes
-        self._told: dict[str, Any] = {}  # globals as the test has them
+        self._told: dict[str, Any] = {}  # globals as the test has them, also those that it looked for in vain
         self._to_hold: list[Any] = []  # containers of the answer that is being made
 
     # The program's objects there.
@@ -120,8 +121,8 @@ class SolutionPeer(Peer):
             self.hear(message["w"])
         if op == "names":
             self.held, self._kept = Shared(), set()
-            self._told = {name: self._namespace[name] for name in message["names"] if name in self._namespace}
-            return {"v": {name: self._name(name) for name in self._told}}
+            self._told = self._now(message["names"])
+            return {"v": {name: self._name(name) for name in self._told if name in self._namespace}}
         if op in ("get", "set"):
             target = self.decode(message["of"])
             if op == "set":
@@ -161,16 +162,19 @@ class SolutionPeer(Peer):
     def finish(self, fields: dict[str, Wire]) -> dict[str, Wire]:
         if changes := self.told():
             fields["w"] = changes
-        rebound = [name for name, value in self._told.items() if self._namespace.get(name, value) is not value]
+        told, self._told = self._told, self._now(self._told)
+        rebound = [name for name, value in self._told.items() if value is not told[name]]
         if rebound:
-            self._told |= {name: self._namespace[name] for name in rebound}
-            fields["g"] = {name: self._name(name) for name in rebound}
+            fields["g"] = {name: self._name(name) if name in self._namespace else None for name in rebound}
         if self._to_hold:
             if sum(map(_size, self.held.containers + self._to_hold)) < _MAX_HELD:
                 self.held.extend(self._to_hold)
                 fields["held"] = True
             self._to_hold = []
         return fields
+
+    def _now(self, names: Iterable[str]) -> dict[str, Any]:
+        return {name: self._namespace.get(name, _ABSENT) for name in names}
 
     def _operation(self, name: str) -> Any:
         """The function that does what the special method `name` is for, with Python's own fallbacks."""

@@ -32,7 +32,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sandbox.judge import cleaning, private_tmp, seccomp
+from sandbox.judge import cleaning, private_tmp, seccomp, warming
 from sandbox.judge.cpu import RunningCpu
 
 _PRELOAD = [
@@ -325,6 +325,7 @@ def run(control: socket.socket, options: dict[str, Any]) -> None:
     zygote = Zygote(control=control, **options)
     sys.argv[1:] = []
     os.environ.clear()
+    warming.warm(options["role"])
     gc.collect()
     gc.freeze()
     control.send(json.dumps({"pid": os.getpid()}).encode())

@@ -89,6 +89,45 @@ def test_changes_told_by_hand_reach_what_was_passed_and_nothing_else(
     assert passed == passes, verdict
 
 
+_NAMES_THAT_CHANGE = """
+n, inner, keep = 0, ([],), lambda: True
+def count():
+    global n
+    n += 1
+def define():
+    global late
+    late = 1
+def drop():
+    global keep
+    del keep
+def put():
+    inner[0].append(0)
+    return len(inner[0])
+class Stack:
+    items = ()
+def give():
+    Stack.items += (n,)
+    return Stack
+"""
+
+
+@pytest.mark.parametrize(
+    ("test", "statuses"),
+    [
+        ("before = n; count(); assert n == before + 1", "passed passed passed"),
+        ("define(); assert late == 1", "error passed passed"),  # what a test starts without, it stays without
+        ("assert keep(); drop()", "passed error error"),
+        ("before = len(inner[0]); assert put() == before + 1", "passed passed passed"),
+        ("before = len(Stack.items); assert len(give().items) == before + 1", "passed passed passed"),
+    ],
+)
+def test_each_test_starts_with_the_names_as_the_program_has_them_then(
+    sandbox: ProcessSandbox, test: str, statuses: str
+) -> None:
+    verdict = sandbox.judge(Submission(id="n", code=_NAMES_THAT_CHANGE, tests=(test,) * 3))
+    assert [status.value for status in verdict.statuses] == statuses.split(), verdict
+
+
 @pytest.mark.parametrize(
     ("test", "sources"),
     [
