@@ -9,13 +9,15 @@ Shapes: B rows, L positions, D hidden size, V vocabulary, N selected positions.
 
 import json
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from diffrl.models.head import VocabularyHead
 
 MODEL_TYPES = ("dream", "Dream", "qwen2")
 SHARD_BYTES = 4 << 30
@@ -27,6 +29,7 @@ class DreamModel(nn.Module):
     def __init__(self, backbone: Qwen2ForCausalLM, *, mask_token_id: int, hf_config: dict | None = None):
         super().__init__()
         self.backbone = backbone
+        backbone.lm_head = VocabularyHead(cast(nn.Parameter, backbone.lm_head.weight))
         self.mask_token_id = mask_token_id
         self.hf_config = hf_config or dream_config_dict(backbone.config, mask_token_id)
 
@@ -65,15 +68,24 @@ class DreamModel(nn.Module):
             setattr(rotary, name, buffer.to(getattr(rotary, name).device))
         return self
 
-    def forward(self, ids_BL: Tensor, attention_mask_BL: Tensor, select_BL: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ids_BL: Tensor,
+        attention_mask_BL: Tensor,
+        select_BL: Tensor | None = None,
+        position_N: Tensor | None = None,
+        token_N: Tensor | None = None,
+        **head_options: Any,
+    ) -> Tensor:
         """Logits about the tokens AT the given positions (the shift is already undone).
 
         attention_mask_BL is bool, False on padding. With `select_BL` (bool) only those positions go through the
-        vocabulary head and the result is [N, V] in row-major order; without it, [B, L, V].
+        vocabulary head and the result is [X, V] in row-major order; without it, [B, L, V]. With `token_N` the result
+        is [N], the log-probs of those tokens at the selected positions of index `position_N`; see VocabularyHead.
         """
         hidden_BLD = self.hidden_states(ids_BL, attention_mask_BL)
         selected = hidden_BLD if select_BL is None else hidden_BLD[select_BL]
-        return self.backbone.lm_head(selected)
+        return self.backbone.lm_head(selected, position_N, token_N, **head_options)
 
     def hidden_states(self, ids_BL: Tensor, attention_mask_BL: Tensor, attend_BLL: Tensor | None = None) -> Tensor:
         """Last hidden states, shifted so that row i belongs to token i. `attend_BLL` (bool) replaces full attention."""
