@@ -41,10 +41,12 @@ def scoring_batch(group: RolloutGroup, config: RLConfig, pad_token_id: int) -> S
         )
         for iteration in range(config.method.num_iterations)
     )
+    num_tokens_B = torch.tensor([r.num_tokens for r in group.rollouts])
     return ScoringBatch(
         prompt_ids_BP=prompt_ids_BP,
         prompt_mask_BP=prompt_mask_BP,
         completion_ids_BC=torch.from_numpy(np.stack([r.completion_ids_C for r in group.rollouts])).long(),
+        scored_BC=torch.arange(config.sampling.completion_tokens) < num_tokens_B[:, None],
         views=views,
         group_size=rows,
     )
@@ -63,11 +65,10 @@ def train_batch(
     method = config.method
     rewards_B, valid_B = rewards_of(scored, config)
     usable_B = usable_samples(rewards_B, valid_B, method.group_size, drop_equal_groups=method.drop_equal_groups)
-    num_tokens_B = torch.tensor([r.num_tokens for s in scored for r in s.group.rollouts])
-    positions_C = torch.arange(config.sampling.completion_tokens)
-    loss_mask_BC = (positions_C < num_tokens_B[:, None]) & usable_B[:, None]
+    batch = concat_batches(list(scoring))
+    loss_mask_BC = batch.scored_BC & usable_B[:, None]
     return TrainBatch(
-        scoring=concat_batches(list(scoring)),
+        scoring=batch,
         loss_mask_BC=loss_mask_BC,
         advantages_B=ADVANTAGES[method.advantage](rewards_B, valid_B, method.group_size),
         ref_logprobs_IBC=torch.cat(list(ref_logprobs), dim=1) if ref_logprobs else None,

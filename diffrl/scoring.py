@@ -1,21 +1,17 @@
 """Views -> log-probs: the one function that learner, reference, old scores and evaluation call.
 
-Only hidden tokens go through the vocabulary head. A view that hides everything is the same input for all siblings of
-a prompt, so it is run once per group.
+The backbone runs once for every distinct input: a view that hides everything is the same row for all siblings of a
+prompt, and so are two siblings that wrote the same tokens and are masked alike. Only tokens that a view scores, of those
+that the loss can use, go through the vocabulary head, which keeps no logits (models/head.py). All views go through the
+model in ONE call: with the coupled estimator 2G + 1 rows for a group of G.
 
-Shapes: B rows, P prompt, C completion, L = P + C, S views, N groups, G siblings, V vocabulary.
+Shapes: B rows, P prompt, C completion, L = P + C, S views, R = S * B rows of views, U distinct inputs, N scored tokens.
 """
 
 import torch
 from torch import Tensor, nn
 
 from diffrl.types import MaskViews, ScoringBatch
-
-
-def token_logprobs(logits_XV: Tensor, targets_X: Tensor) -> Tensor:
-    """log softmax(logits) at the targets, in float32, without keeping the normalised matrix."""
-    logits_XV = logits_XV.float()
-    return logits_XV.gather(-1, targets_X[..., None]).squeeze(-1) - logits_XV.logsumexp(-1)
 
 
 def completion_logprobs(
@@ -25,45 +21,61 @@ def completion_logprobs(
     *,
     mask_token_id: int,
     attend_padding: bool = False,
+    share: bool = True,
+    chunked: bool = True,
 ) -> Tensor:
-    """Estimated log-prob of every completion token, [B, C]: sum over views of weight * log p(token | what the view shows).
+    """Estimated log-prob of every completion token, [B, C] in float32 (float64 for a float64 model): sum over views of
+    weight * log p(token | what the view shows). Tokens outside `batch.scored_BC` are 0.
 
     The completion always fills its whole window of C positions; padding of the prompt is never attended
-    (`attend_padding=True` is the release's behaviour, for parity tests).
+    (`attend_padding=True` is the release's behaviour, for parity tests). `share` and `chunked` are the levers described
+    above; without them every row of every view is computed by itself, and all logits exist at once.
     """
-    mask_BP = torch.ones_like(batch.prompt_mask_BP) if attend_padding else batch.prompt_mask_BP
+    attended_BP = torch.ones_like(batch.prompt_mask_BP) if attend_padding else batch.prompt_mask_BP
     targets_BC = batch.completion_ids_BC
-    mask_BL = torch.cat([mask_BP, torch.ones_like(targets_BC, dtype=torch.bool)], dim=1)
-    total_BC = torch.zeros(targets_BC.shape, dtype=torch.float32, device=targets_BC.device)
-    for hidden_BC, weight_BC in zip(views.hidden_SBC, views.weight_SBC, strict=True):
-        if batch.group_size > 1 and bool(hidden_BC.all()):
-            logprobs_BC = shared_view_logprobs(model, batch, mask_BL, mask_token_id)
-        else:
-            noised_BC = targets_BC.masked_fill(hidden_BC, mask_token_id)
-            select_BL = torch.cat([torch.zeros_like(batch.prompt_mask_BP), hidden_BC], dim=1)
-            logits_XV = model(torch.cat([batch.prompt_ids_BP, noised_BC], dim=1), mask_BL, select_BL)
-            logprobs_BC = torch.zeros_like(total_BC).masked_scatter(
-                hidden_BC, token_logprobs(logits_XV, targets_BC[hidden_BC])
-            )
-        total_BC = total_BC + weight_BC * logprobs_BC
-    return total_BC
+    num_views, (num_rows, num_tokens) = len(views.hidden_SBC), targets_BC.shape
+    noised_RC = targets_BC.masked_fill(views.hidden_SBC, mask_token_id).flatten(0, 1)
+    scored_RC = ((views.weight_SBC != 0) & batch.scored_BC).flatten(0, 1)
+    ids_RL = torch.cat([batch.prompt_ids_BP.repeat(num_views, 1), noised_RC], dim=1)
+    attended_RL = torch.cat([attended_BP.repeat(num_views, 1), torch.ones_like(noised_RC, dtype=torch.bool)], dim=1)
 
-
-def shared_view_logprobs(model: nn.Module, batch: ScoringBatch, mask_BL: Tensor, mask_token_id: int) -> Tensor:
-    """Log-probs [B, C] with everything hidden: one forward pass per prompt instead of one per completion."""
-    group_size = batch.group_size
-    num_rows, num_tokens = batch.completion_ids_BC.shape
-    prompt_NP = batch.prompt_ids_BP[::group_size]
-    masked_NC = torch.full_like(batch.completion_ids_BC[::group_size], mask_token_id)
-    select_NL = torch.cat(
-        [torch.zeros_like(prompt_NP, dtype=torch.bool), torch.ones_like(masked_NC, dtype=torch.bool)], 1
+    wanted_R = scored_RC.any(1)
+    wanted_R[0] |= ~wanted_R.any()  # a model that is sharded over ranks must be called by all of them
+    source_U, input_R = distinct_rows(ids_RL.masked_fill(~attended_RL, -1), wanted_R, share=share)
+    scored_UC = torch.zeros(len(source_U), num_tokens, dtype=torch.bool, device=targets_BC.device)
+    row_N, column_N = scored_RC.nonzero(as_tuple=True)
+    scored_UC[input_R[row_N], column_N] = True
+    # Where each scored token's hidden state comes among those that go through the head, which wants them in order.
+    position_UC = scored_UC.flatten().cumsum(0).reshape(scored_UC.shape) - 1
+    position_N, order_N = position_UC[input_R[row_N], column_N].sort(stable=True)
+    row_N, column_N = row_N[order_N], column_N[order_N]
+    prompt_UP = torch.zeros(len(source_U), batch.prompt_ids_BP.shape[1], dtype=torch.bool, device=targets_BC.device)
+    logprobs_N = model(
+        ids_RL[source_U],
+        attended_RL[source_U],
+        torch.cat([prompt_UP, scored_UC], dim=1),
+        position_N,
+        targets_BC[row_N % num_rows, column_N],
+        chunked=chunked,
     )
-    logits_XV = model(torch.cat([prompt_NP, masked_NC], dim=1), mask_BL[::group_size], select_NL).float()
-    logits_NCV = logits_XV.reshape(-1, num_tokens, logits_XV.shape[-1])
-    targets_NCG = batch.completion_ids_BC.reshape(-1, group_size, num_tokens).transpose(1, 2)
-    # One normaliser per position serves all siblings; only their target logits differ.
-    logprobs_NCG = logits_NCV.gather(-1, targets_NCG) - logits_NCV.logsumexp(-1, keepdim=True)
-    return logprobs_NCG.transpose(1, 2).reshape(num_rows, num_tokens)
+    logprobs_RC = torch.zeros(scored_RC.shape, dtype=logprobs_N.dtype, device=logprobs_N.device)
+    logprobs_RC = logprobs_RC.index_put((row_N, column_N), logprobs_N)
+    return (views.weight_SBC * logprobs_RC.reshape(num_views, num_rows, num_tokens)).sum(0)
+
+
+def distinct_rows(rows_RL: Tensor, wanted_R: Tensor, *, share: bool) -> tuple[Tensor, Tensor]:
+    """(source_U, input_R): the first of each set of equal wanted rows, in their order, and for each wanted row the place
+    of its equal among them (0 for rows that are not wanted). Without `share` every wanted row stands for itself."""
+    wanted_W = wanted_R.nonzero().flatten()
+    input_R = torch.zeros(len(rows_RL), dtype=torch.long, device=rows_RL.device)
+    if not share:
+        input_R[wanted_W] = torch.arange(len(wanted_W), device=rows_RL.device)
+        return wanted_W, input_R
+    equal_UL, class_W = torch.unique(rows_RL[wanted_W], dim=0, return_inverse=True)
+    first_U = wanted_W.new_full((len(equal_UL),), len(rows_RL)).scatter_reduce_(0, class_W, wanted_W, "amin")
+    source_U, order_U = first_U.sort()
+    input_R[wanted_W] = order_U.argsort()[class_W]
+    return source_U, input_R
 
 
 def slice_rows(batch: ScoringBatch, start: int, stop: int) -> ScoringBatch:
@@ -76,6 +88,7 @@ def slice_rows(batch: ScoringBatch, start: int, stop: int) -> ScoringBatch:
         prompt_ids_BP=batch.prompt_ids_BP[start:stop],
         prompt_mask_BP=batch.prompt_mask_BP[start:stop],
         completion_ids_BC=batch.completion_ids_BC[start:stop],
+        scored_BC=batch.scored_BC[start:stop],
         views=views,
         group_size=batch.group_size,
     )
@@ -86,6 +99,7 @@ def to_device(batch: ScoringBatch, device: str | torch.device) -> ScoringBatch:
         prompt_ids_BP=batch.prompt_ids_BP.to(device),
         prompt_mask_BP=batch.prompt_mask_BP.to(device),
         completion_ids_BC=batch.completion_ids_BC.to(device),
+        scored_BC=batch.scored_BC.to(device),
         views=tuple(
             MaskViews(hidden_SBC=v.hidden_SBC.to(device), weight_SBC=v.weight_SBC.to(device)) for v in batch.views
         ),
@@ -100,6 +114,7 @@ def concat_batches(batches: list[ScoringBatch]) -> ScoringBatch:
         prompt_ids_BP=torch.cat([b.prompt_ids_BP for b in batches]),
         prompt_mask_BP=torch.cat([b.prompt_mask_BP for b in batches]),
         completion_ids_BC=torch.cat([b.completion_ids_BC for b in batches]),
+        scored_BC=torch.cat([b.scored_BC for b in batches]),
         views=tuple(
             MaskViews(
                 hidden_SBC=torch.cat([b.views[i].hidden_SBC for b in batches], dim=1),

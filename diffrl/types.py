@@ -107,12 +107,14 @@ class MaskViews:
 class ScoringBatch:
     """What is scored: no rewards in it, so the reference can begin while the tests run.
 
-    ScoringBatch(prompt_ids_BP=..., prompt_mask_BP=..., completion_ids_BC=..., views=(MaskViews(...), ...), group_size=10)
+    ScoringBatch(prompt_ids_BP=..., prompt_mask_BP=..., completion_ids_BC=..., scored_BC=...,
+                 views=(MaskViews(...), ...), group_size=10)
     """
 
     prompt_ids_BP: torch.Tensor  # int64, padded on the left
     prompt_mask_BP: torch.Tensor  # bool, False on padding
     completion_ids_BC: torch.Tensor  # int64
+    scored_BC: torch.Tensor  # bool: up to and including the first end token, all that a loss can use
     views: tuple[MaskViews, ...]  # one per inner iteration
     group_size: int
 

@@ -9,10 +9,12 @@ import random
 
 import pytest
 import torch
+from torch import nn
 
 from diffrl.coupled_grpo import coupled_grpo_loss, leave_one_out_advantages
 from diffrl.models.dream import DreamModel, load_model, load_state_dict
-from diffrl.scoring import completion_logprobs, slice_rows, token_logprobs
+from diffrl.models.head import VocabularyHead
+from diffrl.scoring import completion_logprobs, slice_rows
 from diffrl.types import MaskViews, ScoringBatch
 from tests.golden_files import golden_dir, golden_json, golden_tensors
 
@@ -51,6 +53,7 @@ def scoring_batch(data: dict[str, torch.Tensor], views: tuple[MaskViews, ...]) -
         prompt_ids_BP=prompt,
         prompt_mask_BP=mask,
         completion_ids_BC=data["completion_ids"],
+        scored_BC=torch.ones_like(data["completion_ids"], dtype=torch.bool),
         views=views,
         group_size=1,
     )
@@ -93,10 +96,13 @@ def test_golden_weighted_sum_of_views(case):
     index = data["index"].reshape(iterations, batch, num_tokens)
     mask = data["mask"].reshape(iterations, batch, num_tokens)
     weights = data["weights"].reshape(iterations, 3)
+    head = VocabularyHead(nn.Parameter(torch.eye(logits.shape[-1])))  # hidden states that are the logits
+    everything = torch.arange(batch * num_tokens)
     total = torch.zeros(iterations, batch, num_tokens)
     for i in range(iterations):
         for s, hidden in enumerate((torch.ones_like(mask[i]), mask[i], ~mask[i])):
-            total[i] += hidden * weights[i, s] / 2 * token_logprobs(logits[i, s], index[i])
+            logprobs = head(logits[i, s].flatten(0, 1), everything, index[i].flatten()).reshape(batch, num_tokens)
+            total[i] += hidden * weights[i, s] / 2 * logprobs
     assert torch.allclose(total.reshape(num_rows, num_tokens), data["out"], atol=TOLERANCE)
 
 

@@ -57,6 +57,7 @@ def random_batch(config: RLConfig, vocab_size: int, seed: int) -> TrainBatch:
         prompt_ids_BP=prompt,
         prompt_mask_BP=torch.arange(PROMPT) >= pads,
         completion_ids_BC=torch.randint(10, vocab_size, (rows, COMPLETION), generator=generator),
+        scored_BC=loss_mask,
         views=views,
         group_size=GROUP_SIZE,
     )

@@ -137,11 +137,11 @@ def even_odd_views(generator: torch.Generator, group_size: int, num_tokens: int,
 class CountingModel(nn.Module):
     """With n masks (token 0) in a row, p(token 1) = n / (n + 3) and 1 / (n + 3) for each of tokens 0, 2 and 3."""
 
-    def forward(self, ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor, select_BL: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids_BL, attention_mask_BL, select_BL, position_N, token_N, **head_options) -> torch.Tensor:
         num_masks_BL = (ids_BL == 0).sum(1, keepdim=True).expand(ids_BL.shape)
         logits_BLV = torch.zeros(*ids_BL.shape, 4)
         logits_BLV[..., 1] = num_masks_BL.float().log()
-        return logits_BLV[select_BL]
+        return logits_BLV[select_BL].log_softmax(-1)[position_N, token_N]
 
 
 def test_a_new_estimator_is_one_function_and_one_line(monkeypatch):
@@ -162,6 +162,7 @@ def test_a_new_estimator_is_one_function_and_one_line(monkeypatch):
         prompt_ids_BP=torch.tensor([[2, 3]] * 4),
         prompt_mask_BP=torch.ones(4, 2, dtype=torch.bool),
         completion_ids_BC=torch.tensor([[1, 1, 1, 1, 1], [2, 1, 3, 3, 1], [3, 2, 1, 2, 3], [1, 2, 2, 1, 1]]),
+        scored_BC=torch.ones(4, 5, dtype=torch.bool),
         views=(views,),
         group_size=2,
     )
@@ -181,6 +182,7 @@ def test_coupled_with_known_logprobs():
         prompt_ids_BP=torch.tensor([[3], [3]]),
         prompt_mask_BP=torch.ones(2, 1, dtype=torch.bool),
         completion_ids_BC=torch.ones(2, 4, dtype=torch.long),
+        scored_BC=torch.ones(2, 4, dtype=torch.bool),
         views=(views,),
         group_size=2,
     )

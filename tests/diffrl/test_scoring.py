@@ -7,7 +7,7 @@ from transformers import Qwen2Config
 from diffrl.coupled_grpo import ViewOptions
 from diffrl.estimators import ESTIMATORS, draw_views
 from diffrl.models.dream import DreamModel
-from diffrl.scoring import completion_logprobs, concat_batches, slice_rows, to_device, token_logprobs
+from diffrl.scoring import completion_logprobs, concat_batches, slice_rows, to_device
 from diffrl.types import MaskViews, ScoringBatch
 
 MASK_ID, PAD_ID = 63, 62
@@ -48,6 +48,7 @@ def make_batch(
         prompt_ids_BP=prompts.repeat_interleave(group_size, 0),
         prompt_mask_BP=mask.repeat_interleave(group_size, 0),
         completion_ids_BC=torch.randint(0, 60, (len(pads) * group_size, COMPLETION), generator=g),
+        scored_BC=torch.ones(len(pads) * group_size, COMPLETION, dtype=torch.bool),
         views=tuple(
             draw_views(
                 ESTIMATORS["coupled"],
@@ -63,7 +64,7 @@ def make_batch(
 
 
 def replaced(batch: ScoringBatch, **fields) -> ScoringBatch:
-    names = ("prompt_ids_BP", "prompt_mask_BP", "completion_ids_BC", "views", "group_size")
+    names = ("prompt_ids_BP", "prompt_mask_BP", "completion_ids_BC", "scored_BC", "views", "group_size")
     return ScoringBatch(**{name: getattr(batch, name) for name in names} | fields)
 
 
@@ -91,13 +92,6 @@ def gradients(model: DreamModel, logprobs: torch.Tensor) -> dict[str, torch.Tens
     model.zero_grad()
     (logprobs * torch.linspace(-1, 1, logprobs.numel()).reshape(logprobs.shape)).sum().backward()
     return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
-
-
-def test_token_logprobs():
-    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, torch.log(torch.tensor(2.0)), 0.0, 0.0]])
-    got = token_logprobs(logits, torch.tensor([3, 1]))
-    assert torch.allclose(got.exp(), torch.tensor([1 / 4, 2 / 5]))
-    assert token_logprobs(logits.bfloat16(), torch.tensor([3, 1])).dtype == torch.float32
 
 
 def test_equals_the_naive_implementation(model):
@@ -129,16 +123,57 @@ def test_sharing_the_fully_hidden_view_changes_nothing(model):
         assert torch.allclose(got[name], gradient, atol=1e-5 * max(1.0, gradient.abs().max().item())), name
 
 
-def test_the_fully_hidden_view_runs_once_per_group(model, monkeypatch):
-    batch = make_batch(group_size=3)
-    rows = []
-    forward = DreamModel.forward
-    monkeypatch.setattr(
-        DreamModel, "forward", lambda self, ids, *rest: rows.append(len(ids)) or forward(self, ids, *rest)
-    )
+def inputs_of(model: DreamModel, batch: ScoringBatch, views: MaskViews, **options) -> list[torch.Tensor]:
+    """The ids of each call that scoring makes of the model."""
+    calls: list[torch.Tensor] = []
+    hook = model.register_forward_pre_hook(lambda module, args: calls.append(args[0]))
     with torch.no_grad():
-        score(model, batch)
-    assert rows == [3, 9, 9, 9, 9]
+        completion_logprobs(model, batch, views, mask_token_id=MASK_ID, **options)
+    hook.remove()
+    return calls
+
+
+def halves(num_rows: int) -> MaskViews:
+    """Everything hidden, the first half, the second half."""
+    first = (torch.arange(COMPLETION) < 5).expand(num_rows, COMPLETION)
+    hidden = torch.stack([torch.ones_like(first), first, ~first])
+    return MaskViews(hidden_SBC=hidden, weight_SBC=hidden * 0.5)
+
+
+def test_equal_inputs_run_once_and_all_in_one_call(model):
+    batch = make_batch(group_size=3)
+    views = halves(9)
+    (ids,) = inputs_of(model, batch, views)
+    assert len(ids) == 3 + 9 + 9  # the fully hidden view once for each of three prompts
+    (ids,) = inputs_of(model, batch, views, share=False)
+    assert len(ids) == 3 * 9
+    copies = batch.completion_ids_BC.clone()
+    copies[1] = copies[0]  # a sibling that wrote the same
+    copies[2, :5] = copies[0, :5]  # and one that wrote the same first half, which the third view shows
+    (ids,) = inputs_of(model, replaced(batch, completion_ids_BC=copies), views)
+    assert len(ids) == 3 + 8 + 7
+
+
+def test_inputs_without_a_scored_token_do_not_run(model):
+    batch, views = make_batch(group_size=2), halves(6)
+    short = batch.scored_BC.clone()
+    short[3], short[5, 5:] = False, False
+    (ids,) = inputs_of(model, replaced(batch, scored_BC=short), views)
+    assert len(ids) == 3 + 5 + 4
+    (ids,) = inputs_of(model, replaced(batch, scored_BC=torch.zeros_like(short)), views)
+    assert len(ids) == 1  # all ranks must call a sharded model
+
+
+def test_scores_beyond_the_end_are_zero_and_the_others_unchanged(model):
+    batch = make_batch()
+    scored = torch.arange(COMPLETION) < torch.tensor([11, 3, 1, 0, 7, 9])[:, None]
+    everything = score(model, batch)
+    some = score(model, replaced(batch, scored_BC=scored))
+    assert torch.allclose(some, everything * scored, atol=TOLERANCE)
+    expected = gradients(model, everything * scored)
+    got = gradients(model, some)
+    for name, gradient in expected.items():
+        assert torch.allclose(got[name], gradient, atol=1e-5 * max(1.0, gradient.abs().max().item())), name
 
 
 def test_padding_is_invisible(model):
