@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerFast
 from actors.pool import kill
 from actors.weights import Weights, pack
 from diffrl.config import RLConfig
-from diffrl.coupled_grpo import coupled_grpo_loss
 from diffrl.models.dream import state_dict_for_export
 from diffrl.models.loading import load_policy
+from diffrl.objectives import OBJECTIVES
 from diffrl.schedule import cosine_lr
 from diffrl.scoring import completion_logprobs, slice_rows, to_device
 from diffrl.types import ScoringBatch, TrainBatch, UpdateResult
@@ -139,6 +139,7 @@ class LearnerRank:
                 advantages_B=batch.advantages_B[cut].to(self.device),
                 ref_logprobs_IBC=None if ref is None else ref[:, cut].to(self.device),
                 num_loss_tokens=local_count if self.config.method.compat == "release" else batch.num_loss_tokens,
+                num_loss_rows=batch.num_loss_rows,
             )
 
     def logprobs(self, batch: ScoringBatch, iteration: int) -> torch.Tensor:
@@ -160,13 +161,14 @@ class LearnerRank:
         """Forward and backward of one micro-batch. Without old scores they are this very forward pass."""
         method = self.config.method
         logprobs_BC = self.logprobs(micro.scoring, iteration)
-        loss, metrics = coupled_grpo_loss(
+        loss, metrics = OBJECTIVES[method.objective](
             logprobs_BC,
             logprobs_BC.detach() if old_BC is None else old_BC,
             None if micro.ref_logprobs_IBC is None else micro.ref_logprobs_IBC[iteration],
             micro.advantages_B,
             micro.loss_mask_BC,
             num_loss_tokens=micro.num_loss_tokens,
+            num_loss_rows=micro.num_loss_rows,
             clip_low=method.clip_low,
             clip_high=method.clip_high,
             kl_coef=method.kl_coef,

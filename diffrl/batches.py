@@ -4,16 +4,18 @@ Shapes: G rollouts of one prompt, B rollouts of a step (siblings adjacent), P pr
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from diffrl.config import RLConfig
-from diffrl.coupled_grpo import ADVANTAGES, usable_samples
+from diffrl.coupled_grpo import ADVANTAGES, scale_by_std, usable_samples
 from diffrl.estimators import ESTIMATORS, draw_views
 from diffrl.scoring import concat_batches
 from diffrl.seeds import derive_seed
 from diffrl.types import RolloutGroup, ScoredGroup, ScoringBatch, TrainBatch
+from diffrl.views import StepPlace
 
 
 def pad_prompt(prompt_P: np.ndarray, rows: int, width: int, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,7 +39,7 @@ def scoring_batch(group: RolloutGroup, config: RLConfig, pad_token_id: int) -> S
             seeds=[derive_seed(config.seed, "views", group.ordinal, iteration)],
             group_size=rows,
             num_tokens=config.sampling.completion_tokens,
-            options=config.method.view_options(),
+            options=replace(config.method.view_options(), place=place_of(group.ordinal, iteration, config)),
         )
         for iteration in range(config.method.num_iterations)
     )
@@ -50,6 +52,13 @@ def scoring_batch(group: RolloutGroup, config: RLConfig, pad_token_id: int) -> S
         views=views,
         group_size=rows,
     )
+
+
+def place_of(ordinal: int, iteration: int, config: RLConfig) -> StepPlace:
+    """A group's place among `prompts_per_step` neighbours in the stream of prompts, which are a step unless groups are
+    replaced; from the ordinal alone, so that it is the same in a run that is resumed."""
+    size = config.train.prompts_per_step
+    return StepPlace(seed=derive_seed(config.seed, "step", ordinal // size, iteration), index=ordinal % size, size=size)
 
 
 def train_batch(
@@ -67,12 +76,16 @@ def train_batch(
     usable_B = usable_samples(rewards_B, valid_B, method.group_size, drop_equal_groups=method.drop_equal_groups)
     batch = concat_batches(list(scoring))
     loss_mask_BC = batch.scored_BC & usable_B[:, None]
+    advantages_B = ADVANTAGES[method.advantage](rewards_B, valid_B, method.group_size)
+    if method.scale_by_std:
+        advantages_B = scale_by_std(advantages_B, rewards_B, valid_B, method.group_size)
     return TrainBatch(
         scoring=batch,
         loss_mask_BC=loss_mask_BC,
-        advantages_B=ADVANTAGES[method.advantage](rewards_B, valid_B, method.group_size),
+        advantages_B=advantages_B,
         ref_logprobs_IBC=torch.cat(list(ref_logprobs), dim=1) if ref_logprobs else None,
         num_loss_tokens=max(int(loss_mask_BC.sum()), 1),
+        num_loss_rows=max(int(loss_mask_BC.any(1).sum()), 1),
     )
 
 

@@ -9,11 +9,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from diffrl.coupled_grpo import ADVANTAGES, ViewOptions
+from diffrl.coupled_grpo import ADVANTAGES
 from diffrl.errors import one_of, require
-from diffrl.estimators import ESTIMATORS, draw_views
+from diffrl.estimators import ESTIMATORS, check_estimator
+from diffrl.objectives import OBJECTIVES
 from diffrl.rewards import REWARDS
 from diffrl.sampler import SamplingParams
+from diffrl.views import T_DISTRIBUTIONS, ViewOptions
 
 Stage = Literal["pretrain", "midtrain", "sft", "rl"]
 
@@ -111,13 +113,18 @@ class MethodConfig(Section):
     kl_coef: Annotated[float, Field(ge=0)] = 0.01  # beta
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.5
     clip_high: Annotated[float, Field(gt=0)] = 0.5
+    objective: str = "token"
     advantage: str = "group_mean"
+    scale_by_std: bool = False
     drop_equal_groups: bool = False
+    max_replacements: Annotated[int, Field(ge=0)] = 0  # per step: prompts drawn anew for groups with equal rewards
     num_pairs: Positive = 1  # lambda of eq. 13
     num_samples: Positive = 2  # of monte_carlo
     t_min: Annotated[float, Field(gt=0, lt=1)] = 0.2
     t_max: Annotated[float, Field(gt=0, lt=1)] = 0.8
-    share_t: Literal["row", "group"] = "group"
+    t_distribution: str = "uniform"
+    share_t: Literal["row", "group", "batch"] = "group"
+    stratify_t: bool = False
     share_masks: bool = False
     reference_refresh_steps: Positive | None = 64
     compat: Literal["release"] | None = None  # padding attended, local token count: for parity tests only
@@ -133,14 +140,15 @@ class MethodConfig(Section):
         one_of("estimator", self.estimator, ESTIMATORS)
         one_of("advantage", self.advantage, ADVANTAGES)
         require(self.t_min <= self.t_max, "t_min", self.t_min, f"be at most t_max {self.t_max}")
-        # An estimator refuses options that it cannot work with here, not in the middle of a run.
-        draw_views(
-            ESTIMATORS[self.estimator],
-            seeds=[0],
-            group_size=self.group_size,
-            num_tokens=1,
-            options=self.view_options(),
+        one_of("objective", self.objective, OBJECTIVES)
+        one_of("t_distribution", self.t_distribution, T_DISTRIBUTIONS)
+        require(
+            not (self.stratify_t and self.share_t == "batch"),
+            "stratify_t",
+            self.stratify_t,
+            "be false when share_t is batch: one t has nothing to lie evenly among",
         )
+        check_estimator(self.estimator, self.view_options())  # here, not in the middle of a run
         return self
 
     def view_options(self) -> ViewOptions:
@@ -149,7 +157,9 @@ class MethodConfig(Section):
             num_samples=self.num_samples,
             t_min=self.t_min,
             t_max=self.t_max,
+            t_distribution=self.t_distribution,
             share_t=self.share_t,
+            stratify_t=self.stratify_t,
             share_masks=self.share_masks,
         )
 

@@ -1,7 +1,7 @@
 """Coupled-GRPO, the whole method: views -> advantages -> loss. Equation numbers are those of arXiv 2506.20639v2.
 
-Reading order: `coupled_views` (which tokens are hidden when a completion is scored, eq. 13), `scoring.py` (views to
-log-probs), `ADVANTAGES` (eq. 2 and its leave-one-out form), `coupled_grpo_loss` (eq. 4).
+Reading order: `views.py` (t and masks), `coupled_views` (which tokens are hidden when a completion is scored, eq. 13),
+`scoring.py` (views to log-probs), `ADVANTAGES` (eq. 2 and its leave-one-out form), `coupled_grpo_loss` (eq. 4).
 
 Departures from the paper's text and from the released code:
 - the minus that eq. 13's text leaves out is here: estimates are log-probs, not losses;
@@ -15,38 +15,12 @@ Shapes: G rollouts of one prompt, B rollouts (siblings adjacent), C completion t
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from diffrl.types import MaskViews
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ViewOptions:
-    """Knobs of an estimator. The defaults are the published recipe."""
-
-    num_pairs: int = 1  # lambda of eq. 13
-    num_samples: int = 2  # K of `monte_carlo`
-    t_min: float = 0.2
-    t_max: float = 0.8
-    share_t: Literal["row", "group"] = "group"
-    share_masks: bool = False  # True: all siblings of a group are masked alike (common random numbers)
-
-
-def draw_t(generator: torch.Generator, num_rows: int, options: ViewOptions) -> Tensor:
-    """Mask ratios t ~ U[t_min, t_max], shape [G, 1]; one value in all rows when shared."""
-    rows = num_rows if options.share_t == "row" else 1
-    t = options.t_min + (options.t_max - options.t_min) * torch.rand(rows, 1, generator=generator)
-    return t.expand(num_rows, 1)
-
-
-def draw_hidden(generator: torch.Generator, t_G1: Tensor, num_tokens: int, options: ViewOptions) -> Tensor:
-    """Forward process, eq. 1: every completion token is hidden independently with probability t. Bool [G, C]."""
-    rows = 1 if options.share_masks else t_G1.shape[0]
-    return torch.rand(rows, num_tokens, generator=generator) < t_G1
+from diffrl.views import ViewOptions, draw_hidden, draw_t
 
 
 def coupled_views(generator: torch.Generator, group_size: int, num_tokens: int, options: ViewOptions) -> MaskViews:
@@ -57,8 +31,8 @@ def coupled_views(generator: torch.Generator, group_size: int, num_tokens: int, 
     """
     everything_GC = torch.ones(group_size, num_tokens, dtype=torch.bool)
     hidden, weight = [everything_GC], [everything_GC.float()]
-    for _ in range(options.num_pairs):
-        t_G1 = draw_t(generator, group_size, options)
+    for number in range(options.num_pairs):
+        t_G1 = draw_t(generator, group_size, options, number=number)
         part_GC = draw_hidden(generator, t_G1, num_tokens, options)
         hidden += [part_GC, ~part_GC]
         weight += [part_GC / t_G1, ~part_GC / (1 - t_G1)]
@@ -87,6 +61,19 @@ def _center(rewards_B: Tensor, valid_B: Tensor, group_size: int, *, leave_one_ou
     if leave_one_out:  # r - (sum - r) / (n - 1) = (r - mean) * n / (n - 1)
         centered_NG = centered_NG * count_N1 / (count_N1 - 1).clamp(min=1)
     return centered_NG.masked_fill(~valid_NG | (count_N1 < 2), 0.0).reshape(-1)
+
+
+def scale_by_std(advantages_B: Tensor, rewards_B: Tensor, valid_B: Tensor, group_size: int) -> Tensor:
+    """Advantage / (standard deviation of the group's valid rewards + 1e-4), as GRPO has it (arXiv 2402.03300, eq. 3; the
+    deviation is that of a sample, n - 1 in the denominator). It makes hard and easy problems count more (Dr. GRPO, arXiv
+    2503.20783), so the headline recipe is without it."""
+    valid_NG = valid_B.reshape(-1, group_size)
+    rewards_NG = rewards_B.reshape(-1, group_size)
+    count_N1 = valid_NG.sum(1, keepdim=True)
+    mean_N1 = rewards_NG.masked_fill(~valid_NG, 0.0).sum(1, keepdim=True) / count_N1.clamp(min=1)
+    squares_NG = (rewards_NG - mean_N1).masked_fill(~valid_NG, 0.0) ** 2
+    std_N1 = (squares_NG.sum(1, keepdim=True) / (count_N1 - 1).clamp(min=1)).sqrt()
+    return (advantages_B.reshape(-1, group_size) / (std_N1 + 1e-4)).reshape(-1)
 
 
 AdvantageFn = Callable[[Tensor, Tensor, int], Tensor]

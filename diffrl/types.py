@@ -123,7 +123,8 @@ class ScoringBatch:
 class TrainBatch:
     """One step of the learner.
 
-    TrainBatch(scoring=ScoringBatch(...), loss_mask_BC=..., advantages_B=..., ref_logprobs_IBC=..., num_loss_tokens=7421)
+    TrainBatch(scoring=ScoringBatch(...), loss_mask_BC=..., advantages_B=..., ref_logprobs_IBC=..., num_loss_tokens=7421,
+               num_loss_rows=80)
     """
 
     scoring: ScoringBatch
@@ -131,6 +132,7 @@ class TrainBatch:
     advantages_B: torch.Tensor  # float32
     ref_logprobs_IBC: torch.Tensor | None  # float32; None when kl_coef is 0
     num_loss_tokens: int  # of the WHOLE step, the one divisor for all ranks and micro-batches
+    num_loss_rows: int  # completions with such tokens, the divisor of sequence-level objectives
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

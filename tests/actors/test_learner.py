@@ -68,6 +68,7 @@ def random_batch(config: RLConfig, vocab_size: int, seed: int) -> TrainBatch:
         advantages_B=torch.randn(rows, generator=generator),
         ref_logprobs_IBC=ref,
         num_loss_tokens=int(loss_mask.sum()),
+        num_loss_rows=len(loss_mask),
     )
 
 

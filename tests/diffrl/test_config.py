@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,13 +13,13 @@ import yaml
 from actors import cli
 from diffrl.config import AnyConfig, MethodConfig, PretrainConfig, RLConfig, SftConfig
 from diffrl.config_file import dump_config, load_config, parse_value, validate
-from diffrl.coupled_grpo import ViewOptions
 from diffrl.data.corpus import microcode_text
 from diffrl.errors import ConfigError
 from diffrl.models import loading
 from diffrl.models.tiny import train_tokenizer
 from diffrl.rewards import RECIPE_WEIGHTS
 from diffrl.sampler import SamplingParams
+from diffrl.views import ViewOptions
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -123,13 +124,18 @@ def test_defaults_are_the_published_recipe():
         "kl_coef": 0.01,
         "clip_low": 0.5,
         "clip_high": 0.5,
+        "objective": "token",
         "advantage": "group_mean",
+        "scale_by_std": False,
         "drop_equal_groups": False,
+        "max_replacements": 0,
         "num_pairs": 1,
         "num_samples": 2,
         "t_min": 0.2,
         "t_max": 0.8,
+        "t_distribution": "uniform",
         "share_t": "group",
+        "stratify_t": False,
         "share_masks": False,
         "reference_refresh_steps": 64,
         "compat": None,
@@ -165,10 +171,17 @@ def test_defaults_are_the_published_recipe():
 
 def test_the_methods_own_defaults_are_the_same():
     assert MethodConfig().view_options() == ViewOptions()
-    custom = MethodConfig(num_pairs=3, num_samples=4, t_min=0.3, t_max=0.6, share_t="row", share_masks=True)
-    assert custom.view_options() == ViewOptions(
-        num_pairs=3, num_samples=4, t_min=0.3, t_max=0.6, share_t="row", share_masks=True
-    )
+    custom: dict[str, Any] = {
+        "num_pairs": 3,
+        "num_samples": 4,
+        "t_min": 0.3,
+        "t_max": 0.6,
+        "t_distribution": "triangular",
+        "share_t": "row",
+        "stratify_t": True,
+        "share_masks": True,
+    }
+    assert MethodConfig(**custom).view_options() == ViewOptions(**custom)
 
 
 def test_sampling_params():
@@ -318,10 +331,16 @@ def test_files_that_cannot_be_used(write, tmp_path):
         (["report={}"], "report.problems: missing; set it in the file or as an override report.problems=..."),
         (
             ["method.estimator=copled"],
-            "method.estimator: 'copled' is unknown, did you mean 'coupled'?; known: coupled, coupled_normalized, "
+            "method.estimator: 'copled' is unknown, did you mean 'coupled'?; known: causal, coupled, coupled_normalized, "
             "decoupled, full_mask, monte_carlo",
         ),
-        (["method.estimator=zzz"], "method.estimator: 'zzz' is unknown; known: coupled"),
+        (["method.estimator=zzz"], "method.estimator: 'zzz' is unknown; known: causal, coupled, "),
+        (["method.objective=tokens"], "method.objective: 'tokens' is unknown, did you mean 'token'?; known: sequence"),
+        (["method.t_distribution=beta"], "method.t_distribution: 'beta' is unknown; known: cosine, triangular, uniform"),
+        (
+            ["method.share_t=batch", "method.stratify_t=true"],
+            "method.stratify_t: True must be false when share_t is batch: one t has nothing to lie evenly among",
+        ),
         (
             ["method.advantage=group_men"],
             "method.advantage: 'group_men' is unknown, did you mean 'group_mean'?; known: group_mean, leave_one_out",

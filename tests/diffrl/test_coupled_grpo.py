@@ -8,17 +8,16 @@ import torch
 
 from diffrl.coupled_grpo import (
     ADVANTAGES,
-    ViewOptions,
     coupled_grpo_loss,
     coupled_views,
-    draw_hidden,
-    draw_t,
     group_mean_advantages,
     leave_one_out_advantages,
+    scale_by_std,
     usable_samples,
 )
 from diffrl.estimators import decoupled_views, draw_views
 from diffrl.types import MaskViews
+from diffrl.views import ViewOptions, draw_hidden, draw_t
 
 LN2 = math.log(2)
 CLIP: dict[str, Any] = {"clip_low": 0.5, "clip_high": 0.5}
@@ -203,6 +202,16 @@ def test_advantages_sum_to_zero_and_do_not_see_other_groups():
         assert whole.reshape(3, 4).sum(1).tolist() == pytest.approx([0.0] * 3, abs=1e-6)
         parts = [advantage(rewards[i : i + 4], valid[i : i + 4], 4) for i in (0, 4, 8)]
         assert torch.equal(whole, torch.cat(parts))
+
+
+def test_scaling_by_the_standard_deviation():
+    """1, 2, 3, 6: mean 3, deviation sqrt((4 + 1 + 0 + 9) / 3); the unjudged one leaves 2 and 6, deviation sqrt(8)."""
+    rewards = torch.tensor([1.0, 2.0, 3.0, 6.0, 2.0, 6.0, math.nan, 9.0, 5.0, 5.0, 5.0, 5.0])
+    valid = torch.tensor([True] * 6 + [False] * 2 + [True] * 4)
+    scaled = scale_by_std(group_mean_advantages(rewards, valid, 4), rewards, valid, 4)
+    first, second = math.sqrt(14 / 3) + 1e-4, math.sqrt(8) + 1e-4
+    expected = [-2 / first, -1 / first, 0.0, 3 / first, -2 / second, 2 / second, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert scaled.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_usable_samples():

@@ -8,13 +8,14 @@ from torch import nn
 
 from diffrl.config import RLConfig
 from diffrl.config_file import validate
-from diffrl.coupled_grpo import ViewOptions
 from diffrl.errors import ConfigError
-from diffrl.estimators import ESTIMATORS, coupled_normalized_views, draw_views
+from diffrl.estimators import ESTIMATORS, Estimator, check_estimator, coupled_normalized_views, draw_views
 from diffrl.scoring import completion_logprobs
 from diffrl.types import MaskViews, ScoringBatch
+from diffrl.views import ViewOptions
 
 PER_ROW = ViewOptions(share_t="row")
+DIFFUSION = sorted(name for name, estimator in ESTIMATORS.items() if estimator.family == "diffusion")
 
 
 def views_of(name: str, rows: int, tokens: int, options: ViewOptions = PER_ROW, seed: int = 0) -> MaskViews:
@@ -22,7 +23,7 @@ def views_of(name: str, rows: int, tokens: int, options: ViewOptions = PER_ROW, 
 
 
 @pytest.mark.parametrize("options", [ViewOptions(), ViewOptions(num_pairs=3, num_samples=5, share_t="row")])
-@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+@pytest.mark.parametrize("name", DIFFUSION)
 def test_only_hidden_tokens_weigh_and_all_of_them_do(name, options):
     views = views_of(name, 6, 50, options)
     assert views.hidden_SBC.dtype == torch.bool and views.weight_SBC.dtype == torch.float32
@@ -46,6 +47,7 @@ def test_only_hidden_tokens_weigh_and_all_of_them_do(name, options):
 def test_expected_weight(name, mean, tolerance):
     weight_BC = views_of(name, 10_000, 30).weight_SBC.sum(0)
     assert weight_BC.mean().item() == pytest.approx(mean, abs=tolerance)
+    assert ESTIMATORS[name].mean_weight(PER_ROW) == mean
 
 
 @pytest.mark.parametrize(("num_pairs", "mean"), [(1, 1.5), (2, 5 / 3), (4, 1.8)])
@@ -124,6 +126,43 @@ def test_coupled_normalized_refuses_an_asymmetric_t():
     validate(raw, "here")
 
 
+def test_coupled_normalized_refuses_an_asymmetric_distribution():
+    with pytest.raises(ValueError, match=r"^t_distribution: 'cosine' must be symmetric for coupled_normalized"):
+        check_estimator("coupled_normalized", ViewOptions(t_distribution="cosine"))
+    check_estimator("coupled_normalized", ViewOptions(t_distribution="triangular"))
+    check_estimator("coupled", ViewOptions(t_distribution="cosine"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ViewOptions(),
+        ViewOptions(num_pairs=3, num_samples=4, share_t="row", share_masks=True),
+        ViewOptions(t_min=0.05, t_max=0.95, stratify_t=True),
+        ViewOptions(share_t="batch"),
+    ],
+)
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_every_estimator_is_what_it_declares(name, options):
+    check_estimator(name, options)
+
+
+def test_a_view_that_scores_what_it_shows_is_refused(monkeypatch):
+    def peeking_views(generator: torch.Generator, group_size: int, num_tokens: int, options: ViewOptions) -> MaskViews:
+        views = ESTIMATORS["full_mask"](generator, group_size, num_tokens, options)
+        return MaskViews(hidden_SBC=torch.zeros_like(views.hidden_SBC), weight_SBC=views.weight_SBC)
+
+    monkeypatch.setitem(ESTIMATORS, "peeking", Estimator(views=peeking_views, mean_weight=lambda options: 1.0))
+    raw = {"stage": "rl", "data": {"source": "microcode"}, "method": {"estimator": "peeking"}}
+    with pytest.raises(ConfigError, match=r"method\.estimator: 'peeking' must score only tokens that its view hides"):
+        validate(raw, "here")
+
+
+def test_causal_scores_everything_once_and_hides_nothing():
+    views = views_of("causal", 3, 7)
+    assert not views.hidden_SBC.any() and torch.equal(views.weight_SBC, torch.ones(1, 3, 7))
+
+
 # A new estimator
 
 
@@ -148,7 +187,12 @@ def test_a_new_estimator_is_one_function_and_one_line(monkeypatch):
     raw = {"stage": "rl", "data": {"source": "microcode"}, "method": {"estimator": "even_odd", "group_size": 2}}
     with pytest.raises(ConfigError, match="'even_odd' is unknown"):
         validate(raw, "here")
-    monkeypatch.setitem(ESTIMATORS, "even_odd", even_odd_views)
+    with pytest.raises(
+        ValueError, match=r"estimator: 'even_odd' must give a token the mean weight 1 that it declares, not 1\.25"
+    ):
+        monkeypatch.setitem(ESTIMATORS, "even_odd", Estimator(views=even_odd_views, mean_weight=lambda options: 1.0))
+        validate(raw, "here")
+    monkeypatch.setitem(ESTIMATORS, "even_odd", Estimator(views=even_odd_views, mean_weight=lambda options: 1.25))
     config = validate(raw, "here")
     assert isinstance(config, RLConfig)
     views = draw_views(

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import Qwen2Config
 
-from diffrl.coupled_grpo import ViewOptions
 from diffrl.estimators import ESTIMATORS, draw_views
 from diffrl.models.dream import DreamModel
 from diffrl.scoring import completion_logprobs, concat_batches, slice_rows, to_device
 from diffrl.types import MaskViews, ScoringBatch
+from diffrl.views import ViewOptions
 
 MASK_ID, PAD_ID = 63, 62
 PROMPT, COMPLETION = 7, 11
