@@ -336,7 +336,10 @@ def test_files_that_cannot_be_used(write, tmp_path):
         ),
         (["method.estimator=zzz"], "method.estimator: 'zzz' is unknown; known: causal, coupled, "),
         (["method.objective=tokens"], "method.objective: 'tokens' is unknown, did you mean 'token'?; known: sequence"),
-        (["method.t_distribution=beta"], "method.t_distribution: 'beta' is unknown; known: cosine, triangular, uniform"),
+        (
+            ["method.t_distribution=beta"],
+            "method.t_distribution: 'beta' is unknown; known: cosine, triangular, uniform",
+        ),
         (
             ["method.share_t=batch", "method.stratify_t=true"],
             "method.stratify_t: True must be false when share_t is batch: one t has nothing to lie evenly among",

@@ -30,8 +30,7 @@ AS_A_PROGRAM = {
     "read_only": True,
     "network_mode": "none",
     "cap_drop": ["ALL"],
-    "tmpfs": {"/scratch": "mode=1777"},
-    "working_dir": "/scratch",
+    "tmpfs": {"/scratch": "mode=1777"},  # no working_dir, which the engine would make first, with a mode of its own
     "entrypoint": ["/usr/bin/env", "-i", "/usr/bin/python3", "-I", "-B", "-c"],
 }
 LOOK_AROUND = """
@@ -62,6 +61,7 @@ print(json.dumps({
 """
 PLOT = """
 import os, time
+os.chdir("/scratch")
 import bs4, lxml.etree, matplotlib.pyplot as plt, numpy as np, pandas as pd, requests, scipy.stats, seaborn, sklearn.cluster
 frame = pd.DataFrame({"x": np.arange(9.0), "y": np.arange(9.0) ** 2})
 seaborn.scatterplot(frame, x="x", y="y")
@@ -282,10 +282,10 @@ def test_a_program_plots_in_the_full_image_with_nothing_but_scratch_space(client
 @pytest.mark.slow
 @pytest.mark.docker
 def test_the_dockerfile_builds(client, judge_image):
-    """On the root file system made here in the place of Debian's own image."""
-    client.images.get(f"{build.ROOTFS_REPOSITORY}:base-{rootfs.rootfs_key('base', rootfs.MIRROR)}").tag(
-        f"debian:{rootfs.SUITE}-slim"
-    )
+    """On the root file system made here in the place of Debian's own image, with an ordinary /tmp as that has."""
+    ours = f"{build.ROOTFS_REPOSITORY}:base-{rootfs.rootfs_key('base', rootfs.MIRROR)}"
+    debian = f"FROM {ours}\nRUN rm /tmp && mkdir -m 1777 /tmp\n"
+    client.images.build(fileobj=io.BytesIO(debian.encode()), tag=f"debian:{rootfs.SUITE}-slim")
     context = io.BytesIO()
     with tarfile.open(fileobj=context, mode="w") as tar:
         tar.add(ROOT / "sandbox", "sandbox")
