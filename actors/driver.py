@@ -5,6 +5,7 @@ are or who finishes first. `prepare` checks everything a user can get wrong befo
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import ray
@@ -18,7 +19,7 @@ from actors.prepare import Prepared, prepare
 from actors.system import System
 from actors.telemetry import Telemetry, pool_metrics
 from actors.weights import Weights, fetch
-from diffrl.batches import rollout_metrics, scoring_batch, train_batch
+from diffrl.batches import StepRollouts, differs, rollout_metrics, scoring_batch, train_batch
 from diffrl.config import RLConfig
 from diffrl.data.sources import prompt_stream
 from diffrl.errors import RunStoppedError
@@ -90,21 +91,35 @@ class Run:
         """One iteration of the algorithm box: sample, judge and score, learn, publish."""
         clock = Clock()
         before = self.system.judges.broadcast("stats")
-        scored, scoring, ref_logprobs = self.rollouts()
+        drawn = self.rollouts()
         clock.mark("time/rollouts")
         pools = pool_metrics(before, self.system.judges.broadcast("stats"), clock.times["time/rollouts"])
-        batch = train_batch(scored, scoring, ref_logprobs, self.config)
-        self.record(step, scored, batch)
+        batch = train_batch(drawn.scored, drawn.scoring, drawn.ref_logprobs, self.config)
+        self.record(step, drawn, batch)
         clock.mark("time/record")
         result = self.learner.update(ray.put(batch))
         clock.mark("time/learner")
         self.publish(result.version, step)
         clock.mark("time/publish")
         restarts = {f"restarts/{name}": pool.num_restarts for name, pool in self.system.pools().items()}
-        self.telemetry.step(step, {**rollout_metrics(scored), **result.metrics}, {**clock.times, **restarts, **pools})
+        metrics = {**rollout_metrics(drawn.scored), "rollout/replaced_groups": float(len(drawn.replaced))}
+        self.telemetry.step(step, {**metrics, **result.metrics}, {**clock.times, **restarts, **pools})
 
-    def rollouts(self) -> tuple[list[ScoredGroup], list[ScoringBatch], list[torch.Tensor]]:
-        """Sample and judge one step's groups; the reference scores each as soon as it is sampled."""
+    def rollouts(self) -> StepRollouts:
+        """Sample and judge one step's groups. Of those whose rewards are all equal, which teach nothing, up to
+        `method.max_replacements` give way to the next prompts (dynamic sampling of DAPO, arXiv 2503.14476). Each round
+        ends before the next is drawn up, so which prompts are drawn does not depend on who finishes first."""
+        drawn = self.sample(self.config.train.prompts_per_step)
+        replaced: list[ScoredGroup] = []
+        while equal := [s for s in drawn.scored if not differs(s)][
+            : self.config.method.max_replacements - len(replaced)
+        ]:
+            replaced += equal
+            drawn = drawn.without(equal).joined(self.sample(len(equal)))
+        return replace(drawn, replaced=tuple(replaced))
+
+    def sample(self, count: int) -> StepRollouts:
+        """The next `count` prompts' groups; the reference scores each as soon as it is sampled."""
         scoring: dict[int, ScoringBatch] = {}
         ref_logprobs: dict[int, torch.Tensor] = {}
 
@@ -112,22 +127,22 @@ class Run:
             scoring[group.ordinal] = self.score_reference(group)
 
         requests = []
-        for _ in range(self.config.train.prompts_per_step):
+        for _ in range(count):
             ordinal, problem = next(self.prompts)
             self.buffer.reserve(ordinal)
             requests.append(self.request(ordinal, problem))
         finished = self.pipeline.run(requests, on_sampled, self.system.reference, ref_logprobs.__setitem__)
         for group in finished:
             self.buffer.commit(group)
-        scored = self.buffer.take(len(requests))
-        ordinals = [s.group.ordinal for s in scored]
-        ref = [ref_logprobs[o] for o in ordinals] if self.config.method.kl_coef > 0 else []
-        return scored, [scoring[o] for o in ordinals], ref
+        return StepRollouts(scored=tuple(self.buffer.take(count)), scoring=scoring, ref_logprobs=ref_logprobs)
 
-    def record(self, step: int, scored: list[ScoredGroup], batch: TrainBatch) -> None:
+    def record(self, step: int, drawn: StepRollouts, batch: TrainBatch) -> None:
         """Write the step's rollouts; RunStoppedError when too many of them could not be judged to learn from the rest."""
-        path = write_step(self.folder / "rollouts", step, scored, batch.advantages_B.numpy())
-        judgements = [j for s in scored for j in s.judgements]
+        sampled = [*drawn.scored, *drawn.replaced]
+        num_replaced = len(drawn.replaced) * self.config.method.group_size  # whose rewards are equal: advantage 0
+        advantages_B = torch.nn.functional.pad(batch.advantages_B, (0, num_replaced)).numpy()
+        path = write_step(self.folder / "rollouts", step, sampled, advantages_B)
+        judgements = [j for s in sampled for j in s.judgements]
         unjudged = [j for j in judgements if not j.valid]
         share, limit = len(unjudged) / len(judgements), self.config.sandbox.max_masked_share
         if share > limit:

@@ -3,8 +3,8 @@
 Shapes: G rollouts of one prompt, B rollouts of a step (siblings adjacent), P prompt, C completion, I inner iterations.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,30 @@ from diffrl.scoring import concat_batches
 from diffrl.seeds import derive_seed
 from diffrl.types import RolloutGroup, ScoredGroup, ScoringBatch, TrainBatch
 from diffrl.views import StepPlace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRollouts:
+    """One step's groups, in order of ordinals, with what is scored of them.
+
+    StepRollouts(scored=(ScoredGroup(...), ...), scoring={17: ScoringBatch(...)}, ref_logprobs={17: tensor(...)})
+    """
+
+    scored: tuple[ScoredGroup, ...]
+    scoring: Mapping[int, ScoringBatch]  # by ordinal
+    ref_logprobs: Mapping[int, torch.Tensor]  # by ordinal, [I, G, C]
+    replaced: tuple[ScoredGroup, ...] = ()  # sampled too, and left out for their equal rewards
+
+    def without(self, groups: Sequence[ScoredGroup]) -> "StepRollouts":
+        ordinals = {s.group.ordinal for s in groups}
+        return replace(self, scored=tuple(s for s in self.scored if s.group.ordinal not in ordinals))
+
+    def joined(self, later: "StepRollouts") -> "StepRollouts":
+        return StepRollouts(
+            scored=self.scored + later.scored,
+            scoring={**self.scoring, **later.scoring},
+            ref_logprobs={**self.ref_logprobs, **later.ref_logprobs},
+        )
 
 
 def pad_prompt(prompt_P: np.ndarray, rows: int, width: int, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,20 +85,26 @@ def place_of(ordinal: int, iteration: int, config: RLConfig) -> StepPlace:
     return StepPlace(seed=derive_seed(config.seed, "step", ordinal // size, iteration), index=ordinal % size, size=size)
 
 
+def differs(group: ScoredGroup) -> bool:
+    """Whether the judged samples of a group have different rewards, so that it has an advantage to learn from."""
+    return len({j.reward for j in group.judgements if j.valid}) > 1
+
+
 def train_batch(
     scored: Sequence[ScoredGroup],
-    scoring: Sequence[ScoringBatch],
-    ref_logprobs: Sequence[torch.Tensor],
+    scoring: Mapping[int, ScoringBatch],
+    ref_logprobs: Mapping[int, torch.Tensor],
     config: RLConfig,
 ) -> TrainBatch:
     """Rewards -> advantages and loss mask. Samples that were not judged get loss mask 0; shapes never change.
 
-    `scoring` and `ref_logprobs` ([I, G, C] each; empty when kl_coef is 0) are in the order of `scored`.
+    `scoring` and `ref_logprobs` ([I, G, C] each; of no group when kl_coef is 0) by ordinal.
     """
     method = config.method
+    ordinals = [s.group.ordinal for s in scored]
     rewards_B, valid_B = rewards_of(scored, config)
     usable_B = usable_samples(rewards_B, valid_B, method.group_size, drop_equal_groups=method.drop_equal_groups)
-    batch = concat_batches(list(scoring))
+    batch = concat_batches([scoring[o] for o in ordinals])
     loss_mask_BC = batch.scored_BC & usable_B[:, None]
     advantages_B = ADVANTAGES[method.advantage](rewards_B, valid_B, method.group_size)
     if method.scale_by_std:
@@ -83,7 +113,7 @@ def train_batch(
         scoring=batch,
         loss_mask_BC=loss_mask_BC,
         advantages_B=advantages_B,
-        ref_logprobs_IBC=torch.cat(list(ref_logprobs), dim=1) if ref_logprobs else None,
+        ref_logprobs_IBC=torch.cat([ref_logprobs[o] for o in ordinals], dim=1) if ref_logprobs else None,
         num_loss_tokens=max(int(loss_mask_BC.sum()), 1),
         num_loss_rows=max(int(loss_mask_BC.any(1).sum()), 1),
     )
@@ -111,7 +141,7 @@ def rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
     judged = [j for j in judgements if j.valid]
     statuses = [status for j in judged for status in j.statuses or ()]
     counts = {f"verdicts/{name}": statuses.count(name) for name in sorted(set(statuses))}
-    equal = [len({j.reward for j in s.judgements if j.valid}) <= 1 for s in scored]
+    equal = [not differs(s) for s in scored]
     lengths = [r.num_tokens for s in scored for r in s.group.rollouts]
     num_judged = max(len(judged), 1)
     return {

@@ -159,6 +159,36 @@ def test_micro_batches_change_nothing(plain_run: Path, tuned_model, problems_fil
         assert a["optim/grad_norm"] == pytest.approx(b["optim/grad_norm"], rel=1e-3)
 
 
+def test_groups_with_equal_rewards_give_way_to_the_next_prompts(ray_cluster, tuned_model, problems_file, tmp_path):
+    budget = 3
+    for name, workers in (("one", 1), ("two", 2)):
+        config = rl_config(
+            tuned_model,
+            problems_file,
+            tmp_path / name,
+            method={"max_replacements": budget},
+            rollout={"num_workers": workers},
+            train={"steps": 2},
+        )
+        train(config)
+    assert metric_lines(tmp_path / "one") == metric_lines(tmp_path / "two")
+    table = read_all(tmp_path / "one" / "rollouts").to_pylist()
+    rows = [json.loads(line) for line in metric_lines(tmp_path / "one")]
+    assert {r["ordinal"] for r in table} == set(range(8 + int(sum(row["rollout/replaced_groups"] for row in rows))))
+    assert any(row["rollout/replaced_groups"] > 0 for row in rows)
+    for step, row in enumerate(rows):
+        ordinals = list(dict.fromkeys(r["ordinal"] for r in table if r["step"] == step))
+        rewards = {o: [r["reward"] for r in table if r["ordinal"] == o] for o in ordinals}
+        kept, replaced = ordinals[:4], ordinals[4:]
+        assert len(replaced) == row["rollout/replaced_groups"] <= budget
+        assert all(len(set(rewards[o])) == 1 for o in replaced)
+        assert kept == sorted(kept) and row["reward/mean"] == pytest.approx(sum(sum(rewards[o]) for o in kept) / 16)
+        assert len(replaced) == budget or all(len(set(rewards[o])) > 1 for o in kept)
+    assert all(
+        r["advantage"] == 0 for r in table if len({s["reward"] for s in table if s["ordinal"] == r["ordinal"]}) == 1
+    )
+
+
 def test_evaluation_keeps_the_best_model_and_patience_ends_the_run(ray_cluster, tuned_model, problems_file, tmp_path):
     config = rl_config(
         tuned_model,
