@@ -78,6 +78,13 @@ def test_weights_of_eq_13(num_pairs):
     assert torch.equal(views.weight_SBC[0], torch.full((4, 64), 1 / (num_pairs + 1)))
 
 
+def test_a_million_pairs_cover_every_token_exactly_once():
+    views = coupled_views(generator(12), 1_000_000, 8, ViewOptions(share_t="row"))
+    everything, part, rest = views.hidden_SBC
+    assert everything.all() and bool((part ^ rest).all())
+    assert torch.equal(views.weight_SBC > 0, views.hidden_SBC)
+
+
 def test_weights_at_a_known_t():
     """t = 1/4: {1/2, 1/(2t) = 2, 1/(2(1-t)) = 2/3}."""
     views = coupled_views(generator(1), 1, 100, ViewOptions(t_min=0.25, t_max=0.25))

@@ -71,7 +71,7 @@ def test_monte_carlo_masks_are_independent():
     assert (hidden_SBC[0] * hidden_SBC[1]).mean().item() == pytest.approx(0.25, abs=0.005)  # E[t] E[t']
 
 
-NUM_TOKENS = 4
+NUM_TOKENS = 6
 MASKS = torch.tensor([[bool(code >> k & 1) for k in range(NUM_TOKENS)] for code in range(1 << NUM_TOKENS)])
 # A "model" whose log-prob of token k depends on everything that is hidden, in no systematic way: [mask, k].
 TABLE = -3 * torch.rand(1 << NUM_TOKENS, NUM_TOKENS, generator=torch.Generator().manual_seed(42), dtype=torch.float64)
