@@ -23,7 +23,7 @@ from diffrl.batches import StepRollouts, differs, rollout_metrics, scoring_batch
 from diffrl.config import RLConfig
 from diffrl.data.sources import prompt_stream
 from diffrl.errors import RunStoppedError
-from diffrl.models.dream import build_model, save_model
+from diffrl.models.folders import build_model, save_model
 from diffrl.models.tokens import special_id
 from diffrl.rollout_store import write_step
 from diffrl.run_folder import create_run_folder

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from actors.pool import kill
 from actors.weights import Weights, pack
 from diffrl.config import RLConfig
-from diffrl.models.dream import state_dict_for_export
+from diffrl.models.folders import state_dict_for_export
 from diffrl.models.loading import load_policy
 from diffrl.objectives import OBJECTIVES
 from diffrl.schedule import cosine_lr

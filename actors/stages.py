@@ -10,8 +10,9 @@ from actors.telemetry import SupervisedTelemetry
 from diffrl.config import PretrainConfig, SftConfig
 from diffrl.data.sources import corpus_text, instruction_pairs
 from diffrl.errors import ConfigError
-from diffrl.models.dream import save_model
+from diffrl.models.folders import save_model
 from diffrl.models.loading import load_policy, load_policy_tokenizer
+from diffrl.models.lora import adapter_state, save_adapter
 from diffrl.models.tokens import special_id
 from diffrl.run_folder import check_run_folder, create_run_folder
 from diffrl.supervised import (
@@ -25,7 +26,8 @@ from diffrl.supervised import (
 
 
 def train_supervised(config: PretrainConfig | SftConfig, *, dry_run: bool = False) -> None:
-    """One whole stage: rows, model, training, export as a Hugging Face folder `run_dir/model`. Raises ConfigError."""
+    """One whole stage: rows, model, training, export as a Hugging Face folder `run_dir/model`
+    (and its adapters as `run_dir/adapter`). Raises ConfigError."""
     torch.set_num_threads(config.train.threads)
     started = time.perf_counter()
     try:
@@ -35,7 +37,7 @@ def train_supervised(config: PretrainConfig | SftConfig, *, dry_run: bool = Fals
         model = load_policy(config.model, tokenizer, seed=config.seed)
     except ValueError as error:
         raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
-    num_parameters = sum(p.numel() for p in model.parameters())
+    num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if dry_run:
         print(
             f"ready: {len(rows)} rows, {num_parameters:,} parameters, {config.train.steps} steps; nothing was started"
@@ -60,6 +62,8 @@ def train_supervised(config: PretrainConfig | SftConfig, *, dry_run: bool = Fals
         telemetry.say(f"{config.stage}: {len(rows)} rows, {num_parameters:,} parameters")
         train(model, rows, options, telemetry.update)
     save_model(model, folder / "model")
+    if model.lora is not None:
+        save_adapter(adapter_state(model), model.lora, folder / "adapter", base_path=config.model.path)
     tokenizer.save_pretrained(folder / "model")
     print(f"{config.stage}: {config.train.steps} steps in {time.perf_counter() - started:.0f} s -> {folder / 'model'}")
 

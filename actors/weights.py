@@ -13,7 +13,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from diffrl.models.dream import DreamModel, build_model
+from diffrl.models.base import PolicyModel
+from diffrl.models.folders import build_model
 
 BUCKET_BYTES = 256 << 20
 KEPT_VERSIONS = 2
@@ -88,9 +89,9 @@ class PolicyHolder:
     def __init__(self, device: str):
         self.device = device
         self.version: int | None = None
-        self._model: DreamModel | None = None
+        self._model: PolicyModel | None = None
 
-    def at(self, weights: Weights) -> DreamModel:
+    def at(self, weights: Weights) -> PolicyModel:
         """The policy at exactly this version, pulled if another one is loaded."""
         if self._model is None or self.version != weights.version:
             self._model = build_model(weights.hf_config, fetch(weights)).to(self.device).eval()

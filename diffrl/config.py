@@ -56,10 +56,26 @@ class TinyModel(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Low-rank adapters, trained instead of the weights: W + alpha / rank * B A (arXiv 2106.09685)."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the adapters' input; 0 in RL
+    # Linear layers of the blocks by the end of their name, such as q_proj or 0.mlp.up_proj; None: all of them.
+    targets: Annotated[Sequence[str], Field(min_length=1)] | None = None
+    publish: Literal["merged", "adapter"] = "merged"  # what goes to the workers after every update
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
 class ModelConfig(Section):
     path: str | None = None  # a Hugging Face folder; without it a tiny model starts from random weights
     tiny: TinyModel = TinyModel()
     dtype: Literal["float32", "bfloat16"] = "float32"
+    lora: LoraConfig | None = None  # None: all weights are trained
 
 
 class ProblemsConfig(Section):
@@ -355,6 +371,13 @@ class RLConfig(Section):
                     reported.split if reported.path is None else reported.path,
                     f"differ from {field}: what is reported must not be trained on or chosen by",
                 )
+        if self.model.lora is not None:
+            require(
+                self.model.lora.dropout == 0,
+                "model.lora.dropout",
+                self.model.lora.dropout,
+                "be 0 in RL: old and new scores of a completion would differ by what was dropped",
+            )
         if self.method.compat == "release":
             require(
                 self.method.advantage == "leave_one_out",

@@ -80,7 +80,7 @@ class SampleResult:
 
 
 class Denoiser(Protocol):
-    """What the loop needs of a model; `diffrl.models.dream.DreamModel.forward` states the contract."""
+    """What the loop needs of a model; `diffrl.models.base.PolicyModel.forward` states the contract."""
 
     @property
     def mask_token_id(self) -> int: ...

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedTokenizerFast
 
 from diffrl.diffusion import diffusion_loss, draw_mask_ratios, forward_process
-from diffrl.models.dream import DreamModel
+from diffrl.models.base import PolicyModel
 from diffrl.schedule import cosine_lr
 from diffrl.seeds import derive_seed
 
@@ -148,15 +148,20 @@ def batch_indices(num_rows: int, batch_size: int, step: int, seed: int) -> Tenso
     return torch.tensor(index)
 
 
-def make_optimizers(model: DreamModel, options: SupervisedOptions) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the blocks' matrices and AdamW for embeddings, norms and biases."""
+def make_optimizers(model: PolicyModel, options: SupervisedOptions) -> list[torch.optim.Optimizer]:
+    """AdamW for everything that is trained, or Muon for the blocks' matrices and AdamW for embeddings, norms and biases."""
     matrices, rest = [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         inside_block = ".layers." in name and parameter.ndim == 2
         (matrices if inside_block and options.muon_lr is not None else rest).append(parameter)
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay, fused=True)
-    ]
+    optimizers: list[torch.optim.Optimizer] = []
+    if rest:
+        adamw = torch.optim.AdamW(
+            rest, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay, fused=True
+        )
+        optimizers.append(adamw)
     if options.muon_lr is not None:
         muon = torch.optim.Muon(
             matrices, lr=options.muon_lr, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw"
@@ -169,7 +174,7 @@ def make_optimizers(model: DreamModel, options: SupervisedOptions) -> list[torch
 
 
 def train_step(
-    model: DreamModel,
+    model: PolicyModel,
     optimizers: Sequence[torch.optim.Optimizer],
     rows: SupervisedRows,
     options: SupervisedOptions,
@@ -192,7 +197,10 @@ def train_step(
                 warmup=options.warmup_steps,
                 min_ratio=options.min_lr_ratio,
             )
-    with torch.autocast("cpu", dtype=torch.bfloat16) if options.bf16 else nullcontext():
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16) if options.bf16 else nullcontext()
+    with autocast, torch.random.fork_rng(devices=[]):
+        # Dropout draws from the global generator and from no other.
+        torch.default_generator.manual_seed(derive_seed(options.seed, "dropout", step))
         loss, metrics = diffusion_loss(model, batch.ids_NL, batch.attention_mask_NL, batch.loss_weight_NL, noised)
     loss.backward()
     grad_norm = clip_grad_norm_(model.parameters(), options.grad_norm, error_if_nonfinite=True)
@@ -202,7 +210,7 @@ def train_step(
 
 
 def train(
-    model: DreamModel,
+    model: PolicyModel,
     rows: SupervisedRows,
     options: SupervisedOptions,
     on_step: Callable[[int, Metrics], None] = lambda step, metrics: None,

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffrl.models.dream import DreamModel, load_model
+from diffrl.models.base import PolicyModel
+from diffrl.models.folders import load_model
 from diffrl.sampler import (
     Noise,
     RowNoise,
@@ -43,12 +44,12 @@ class PeerNoise:
 
 
 @pytest.fixture(scope="module")
-def model() -> DreamModel:
+def model() -> PolicyModel:
     golden_file("generate/model.safetensors")
     return load_model(golden_file("generate/config.json").parent)
 
 
-def with_mask_row(case: dict) -> DreamModel:
+def with_mask_row(case: dict) -> PolicyModel:
     """The golden model with another head row for [MASK], so that it can be the most probable token."""
     model = load_model(golden_file("generate/config.json").parent)
     weight = model.backbone.lm_head.weight.detach().clone()
@@ -76,7 +77,7 @@ def default_params(case: dict) -> SamplingParams:
     )
 
 
-def run_case(model: DreamModel, case: dict, params: SamplingParams, noise: Noise | None = None) -> SampleResult:
+def run_case(model: PolicyModel, case: dict, params: SamplingParams, noise: Noise | None = None) -> SampleResult:
     prompt = torch.tensor(case["prompt_ids"])
     mask = torch.ones_like(prompt) if case["attention_mask"] is None else torch.tensor(case["attention_mask"])
     return sample(

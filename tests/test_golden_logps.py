@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from diffrl.coupled_grpo import coupled_grpo_loss, leave_one_out_advantages
-from diffrl.models.dream import DreamModel, load_model, load_state_dict
+from diffrl.models.base import PolicyModel
+from diffrl.models.folders import load_model, load_state_dict
 from diffrl.models.head import VocabularyHead
 from diffrl.scoring import completion_logprobs, slice_rows
 from diffrl.types import MaskViews, ScoringBatch
@@ -59,11 +60,11 @@ def scoring_batch(data: dict[str, torch.Tensor], views: tuple[MaskViews, ...]) -
     )
 
 
-def release_logprobs(model: DreamModel, batch: ScoringBatch, views: MaskViews) -> torch.Tensor:
+def release_logprobs(model: PolicyModel, batch: ScoringBatch, views: MaskViews) -> torch.Tensor:
     return completion_logprobs(model, batch, views, mask_token_id=model.mask_token_id, attend_padding=True)
 
 
-def policy_and_reference() -> tuple[DreamModel, DreamModel]:
+def policy_and_reference() -> tuple[PolicyModel, PolicyModel]:
     policy, reference = load_model(golden_dir() / "generate"), load_model(golden_dir() / "generate")
     delta = golden_tensors("logps/ref_model_delta_fp16.safetensors")
     base = load_state_dict(golden_dir() / "generate")

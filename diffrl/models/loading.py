@@ -9,7 +9,9 @@ from diffrl.config import ModelConfig
 from diffrl.data.corpus import microcode_text, stdlib_text
 from diffrl.data.microcode import microcode_exercises
 from diffrl.data.sft import fenced
-from diffrl.models.dream import DreamModel, check_bidirectional, load_model
+from diffrl.models.base import PolicyModel
+from diffrl.models.folders import check_bidirectional, load_model
+from diffrl.models.lora import add_adapters, target_layers
 from diffrl.models.tiny import load_tokenizer, tiny_model, train_tokenizer
 from diffrl.models.tokens import special_id
 from diffrl.seeds import derive_seed
@@ -44,8 +46,9 @@ def tokenizer_texts() -> list[str]:
     return [microcode_text(), stdlib_text(300_000), "\n".join(f"{e.prompt}\n{fenced(e.solution)}" for e in exercises)]
 
 
-def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> DreamModel:
-    """The model of `model.path`, or a tiny one with random weights drawn from `seed`. Raises ValueError."""
+def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> PolicyModel:
+    """The model of `model.path`, or a tiny one with random weights drawn from `seed`; with `model.lora` it has adapters,
+    also drawn from `seed`, and only they require gradients. Raises ValueError."""
     if config.path is not None:
         model = load_folder(config, tokenizer)
     else:
@@ -60,17 +63,24 @@ def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, seed
             num_kv_heads=tiny.num_kv_heads,
             max_positions=tiny.max_length,
         ).to(getattr(torch, config.dtype))
+    model.num_tokens = len(tokenizer)
     check_bidirectional(model)
+    if config.lora is not None:
+        add_adapters(model, config.lora, torch.Generator().manual_seed(derive_seed(seed, "adapters")))
     return model
 
 
 def check_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> None:
     """Whether `load_policy` will find what it needs, without reading any weights. Raises ValueError."""
     if config.path is not None:
-        load_folder(config, tokenizer, meta=True)
+        model = load_folder(config, tokenizer, meta=True)
+        if config.lora is not None:
+            target_layers(model, config.lora.targets)
+    elif config.lora is not None:
+        load_policy(config, tokenizer, seed=0)  # tiny
 
 
-def load_folder(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, meta: bool = False) -> DreamModel:
+def load_folder(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, meta: bool = False) -> PolicyModel:
     """The model of `model.path`, checked against its tokenizer."""
     assert config.path is not None
     mask_token_id = special_id(tokenizer, "mask")

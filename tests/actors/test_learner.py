@@ -12,7 +12,8 @@ from actors.weights import WeightStore, fetch
 from diffrl.config import RLConfig
 from diffrl.coupled_grpo import coupled_grpo_loss
 from diffrl.estimators import ESTIMATORS, draw_views
-from diffrl.models.dream import DreamModel, state_dict_for_export
+from diffrl.models.base import PolicyModel
+from diffrl.models.folders import state_dict_for_export
 from diffrl.models.loading import load_policy, load_policy_tokenizer
 from diffrl.schedule import cosine_lr
 from diffrl.scoring import completion_logprobs
@@ -72,7 +73,7 @@ def random_batch(config: RLConfig, vocab_size: int, seed: int) -> TrainBatch:
     )
 
 
-def plain_updates(config: RLConfig, model: DreamModel, batches: list[TrainBatch]) -> list[dict[str, float]]:
+def plain_updates(config: RLConfig, model: PolicyModel, batches: list[TrainBatch]) -> list[dict[str, float]]:
     """The whole batch at once, without DeepSpeed, ranks or micro-batches."""
     method, optim = config.method, config.optim
     optimizer = torch.optim.AdamW(

@@ -14,7 +14,7 @@ from actors.prepare import prepare
 from actors.system import System
 from actors.telemetry import Telemetry
 from diffrl.config import RLConfig
-from diffrl.models.dream import load_model, load_state_dict
+from diffrl.models.folders import load_model, load_state_dict
 from diffrl.rollout_store import read_all
 from diffrl.run_folder import create_run_folder
 from diffrl.types import RolloutGroup, ScoredGroup, ScoringBatch

@@ -18,7 +18,7 @@ from actors.telemetry import Telemetry, pool_metrics
 from diffrl.config import RLConfig, SandboxConfig
 from diffrl.data.sft import fenced
 from diffrl.errors import RunStoppedError
-from diffrl.models.dream import load_model
+from diffrl.models.folders import load_model
 from diffrl.rollout_store import read_all
 from diffrl.run_folder import create_run_folder
 from diffrl.types import Judgement, Problem, Rollout, RolloutGroup

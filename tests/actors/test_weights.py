@@ -8,7 +8,8 @@ import torch
 from transformers import Qwen2Config
 
 from actors.weights import Entry, pack, unpack
-from diffrl.models.dream import DreamModel, build_model, state_dict_for_export
+from diffrl.models.dream import DreamModel
+from diffrl.models.folders import build_model, state_dict_for_export
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int8, torch.uint8, torch.bool)
 

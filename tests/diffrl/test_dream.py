@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from diffrl.config import ModelConfig, TinyModel
-from diffrl.models import dream, loading
-from diffrl.models.dream import DreamModel, check_bidirectional, load_model, qwen2_config, save_model
+from diffrl.models import folders, loading
+from diffrl.models.dream import DreamModel, qwen2_config
+from diffrl.models.folders import check_bidirectional, load_model, save_model
 from diffrl.models.tiny import train_tokenizer
 
 ROPE_THETA = 5000.0
@@ -147,7 +148,7 @@ def test_casting_keeps_the_rotary_frequencies_exact():
 @pytest.mark.parametrize("tied", [False, True])
 def test_round_trip_bit_for_bit(tied, shard_bytes, tmp_path, monkeypatch):
     if shard_bytes is not None:
-        monkeypatch.setattr(dream, "SHARD_BYTES", shard_bytes)
+        monkeypatch.setattr(folders, "SHARD_BYTES", shard_bytes)
     model = make_model(tied=tied)
     save_model(model, tmp_path / "model")
     shards = sorted((tmp_path / "model").glob("*.safetensors"))
@@ -185,7 +186,7 @@ def test_bfloat16_round_trip(tmp_path):
 
 def test_saving_over_an_older_save_leaves_nothing_of_it(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(dream, "SHARD_BYTES", 10_000)
+        patch.setattr(folders, "SHARD_BYTES", 10_000)
         save_model(make_model(), tmp_path)
     newer = make_model(seed=1)
     save_model(newer, tmp_path)
@@ -196,7 +197,7 @@ def test_saving_over_an_older_save_leaves_nothing_of_it(tmp_path, monkeypatch):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 10_000])
 def test_stock_transformers_reads_our_folders(tied, shard_bytes, tmp_path, monkeypatch):
-    monkeypatch.setattr(dream, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(folders, "SHARD_BYTES", shard_bytes)
     model = make_model(tied=tied)
     save_model(model, tmp_path)
     config = qwen2_config(json.loads((tmp_path / "config.json").read_text()))
@@ -242,9 +243,9 @@ def test_folders_that_cannot_be_used(tmp_path):
     weights = tmp_path / "model.safetensors"
     tensors = load_file(weights)
 
-    edit_config(tmp_path, model_type="llama")
+    edit_config(tmp_path, model_type="gpt2")
     message = refusal(load_model, tmp_path)
-    assert "model_type 'llama' is not supported; supported: Dream, DiffuCoder, Qwen2" in message
+    assert "model_type 'gpt2' is not supported; supported: Dream, DiffuCoder, Qwen2, LLaDA" in message
     assert str(tmp_path) in message
     for rope in ({"rope_scaling": {"type": "yarn"}}, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}):
         edit_config(tmp_path, model_type="Dream", **rope)
@@ -266,7 +267,7 @@ def test_folders_that_cannot_be_used(tmp_path):
 
 
 def test_a_missing_shard_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(dream, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(folders, "SHARD_BYTES", 10_000)
     save_model(make_model(), tmp_path)
     sorted(tmp_path.glob("*.safetensors"))[1].unlink()
     assert "no model-00002-of-" in refusal(load_model, tmp_path)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffrl.data.corpus import microcode_text
-from diffrl.models.dream import check_bidirectional
+from diffrl.models.folders import check_bidirectional
 from diffrl.models.tiny import load_tokenizer, tiny_model, train_tokenizer
 
 TEXT = microcode_text()[:60_000]
