@@ -18,12 +18,13 @@ from actors.pool import GroupBuffer, Pipeline, Request
 from actors.prepare import Prepared, prepare
 from actors.system import System
 from actors.telemetry import Telemetry, pool_metrics
-from actors.weights import Weights, fetch
+from actors.weights import Weights, fetch, fetch_tensors
 from diffrl.batches import StepRollouts, differs, rollout_metrics, scoring_batch, train_batch
-from diffrl.config import RLConfig
+from diffrl.config import ModelConfig, RLConfig
 from diffrl.data.sources import prompt_stream
 from diffrl.errors import RunStoppedError
-from diffrl.models.folders import build_model, save_model
+from diffrl.models.folders import save_folder
+from diffrl.models.lora import save_adapter
 from diffrl.models.tokens import special_id
 from diffrl.rollout_store import write_step
 from diffrl.run_folder import create_run_folder
@@ -207,8 +208,11 @@ class Run:
         return rates
 
     def export(self, name: str) -> None:
-        """The current policy as a Hugging Face folder, with its tokenizer."""
+        """The current policy as a Hugging Face folder, with its tokenizer; adapters beside it, `model`'s as `adapter`."""
         export_policy(self.weights, self.prepared.tokenizer, self.folder / name)
+        if self.weights.adapter is not None:
+            folder = self.folder / ("adapter" if name == "model" else f"{name}_adapter")
+            export_adapter(self.weights, self.config.model, folder)
 
 
 def sandbox_choice(prepared: Prepared) -> dict[str, str]:
@@ -217,8 +221,15 @@ def sandbox_choice(prepared: Prepared) -> dict[str, str]:
 
 
 def export_policy(weights: Weights, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
-    save_model(build_model(weights.hf_config, fetch(weights)), path)
+    save_folder(weights.hf_config, fetch(weights), path)
     tokenizer.save_pretrained(path)
+
+
+def export_adapter(weights: Weights, model: ModelConfig, path: Path) -> None:
+    """The adapters alone, as peft reads them."""
+    assert weights.adapter is not None and model.lora is not None
+    tensors = fetch_tensors(weights.adapter.tensors, weights.version)
+    save_adapter(tensors, model.lora, path, base_path=model.path)
 
 
 class Clock:

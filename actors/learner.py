@@ -17,9 +17,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from actors.pool import kill
-from actors.weights import Weights, pack
+from actors.weights import Weights, publish
 from diffrl.config import RLConfig
-from diffrl.models.folders import state_dict_for_export
 from diffrl.models.loading import load_policy
 from diffrl.objectives import OBJECTIVES
 from diffrl.schedule import cosine_lr
@@ -180,15 +179,17 @@ class LearnerRank:
     def publish(self, store: Any, pinned: tuple[int, ...]) -> Weights:
         """Rank 0 hands the policy to the weight store."""
         assert self.rank == 0
-        entries, buckets = pack(state_dict_for_export(self.model))
-        return ray.get(store.put.remote(self.version, self.model.hf_config, entries, pinned, *buckets))
+        return publish(store, self.model, self.version, pinned)
 
 
 def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay for matrices only, not for norms and biases."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    """What is trained, with weight decay for matrices only, not for norms and biases."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]  # adapters are matrices, all of them
 
 
 class Learner:

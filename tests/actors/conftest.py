@@ -35,7 +35,11 @@ def problems_file(problems: list[Problem], tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="session")
 def tuned_model(problems: list[Problem], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Instruction-tuned on right and wrong programs for those problems; a Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("tuned")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2}
+    return tune(tmp_path_factory.mktemp("tuned"), problems, {"tiny": sizes}, steps=200)
+
+
+def tune(folder: Path, problems: list[Problem], model: dict, *, steps: int) -> Path:
     pairs = []
     for index, problem in enumerate(problems):
         assert problem.solution is not None
@@ -48,10 +52,10 @@ def tuned_model(problems: list[Problem], tmp_path_factory: pytest.TempPathFactor
         {
             "stage": "sft",
             "run_dir": str(folder / "run"),
-            "model": {"tiny": {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2}},
+            "model": model,
             "data": {"source": "jsonl", "path": str(data), **WINDOW},
             "optim": {"lr": 6e-3, "muon_lr": 0.02, "warmup_steps": 10},
-            "train": {"steps": 200, "batch_size": 18, "threads": 1},
+            "train": {"steps": steps, "batch_size": 18, "threads": 1},
         },
         "test",
     )
@@ -60,7 +64,7 @@ def tuned_model(problems: list[Problem], tmp_path_factory: pytest.TempPathFactor
     return folder / "run" / "model"
 
 
-def rl_config(model: Path, problems_file: Path, run_dir: Path, **sections: dict) -> RLConfig:
+def rl_config(model: Path, problems_file: Path, run_dir: Path, /, **sections: dict) -> RLConfig:
     """A small RL run; `sections` replace keys inside the sections of the same name."""
     raw: dict = {
         "stage": "rl",

@@ -7,7 +7,7 @@ import torch
 
 from actors.pool import GroupBuffer, Pipeline, Request, WorkerPool, WorkersKeepDyingError
 from actors.reward import NOT_JUDGED
-from actors.weights import Entry, Weights, WeightStore, fetch, pack
+from actors.weights import Entry, Tensors, Weights, WeightStore, fetch, pack
 from diffrl.sampler import SamplingParams
 from diffrl.types import Judgement, Problem, Rollout, RolloutGroup, ScoredGroup
 
@@ -67,7 +67,9 @@ def pool_of(actor_class: type, arguments: list[tuple], size: int | None = None) 
 
 
 def requests(count: int) -> list[Request]:
-    weights = Weights(version=0, hf_config={}, entries=(), hashes=(), buckets=())
+    weights = Weights(
+        version=0, hf_config={}, num_tokens=None, tensors=Tensors(entries=(), hashes=(), buckets=()), adapter=None
+    )
     params = SamplingParams(algorithm="entropy", steps=1, temperature=0.0, top_p=None, top_k=None)
     return [Request(ordinal=o, problem=PROBLEM, seeds=(1, 2), params=params, weights=weights) for o in range(count)]
 
@@ -145,14 +147,21 @@ def test_buffer_keeps_what_is_not_taken():
     assert [s.group.ordinal for s in buffer.take(1)] == [2]
 
 
+def stored(store: WeightStore, version: int, state: dict[str, torch.Tensor]) -> Weights:
+    entries, buckets = pack(state)
+    weights = Weights(
+        version=version, hf_config={}, num_tokens=None, tensors=store.put(entries, *buckets), adapter=None
+    )
+    store.commit(weights, pinned=(0,))
+    return weights
+
+
 def test_store_keeps_two_versions_and_the_pinned_one(ray_cluster):
     store = WeightStore()
     for version in range(4):
         state = {"w": torch.full((3,), float(version)), "b": torch.tensor([version], dtype=torch.bfloat16)}
-        entries, buckets = pack(state)
-        weights = store.put(version, {"v": version}, entries, (0,), *buckets)
-        fetched = fetch(weights)
-        assert weights.version == version and weights.hf_config == {"v": version}
+        fetched = fetch(stored(store, version, state))
+        assert fetched.keys() == state.keys()
         assert all(fetched[name].equal(tensor) for name, tensor in state.items())
     assert sorted(store.versions) == [0, 2, 3]
 
@@ -160,6 +169,6 @@ def test_store_keeps_two_versions_and_the_pinned_one(ray_cluster):
 def test_damaged_weights_are_refused(ray_cluster):
     bucket = np.zeros(8, dtype=np.uint8)
     entry = Entry(name="w", dtype="float32", shape=(2,), bucket=0, offset=0)
-    weights = Weights(version=7, hf_config={}, entries=(entry,), hashes=("not this",), buckets=(ray.put(bucket),))
+    tensors = Tensors(entries=(entry,), hashes=("not this",), buckets=(ray.put(bucket),))
     with pytest.raises(RuntimeError, match=r"version 7.*hash"):
-        fetch(weights)
+        fetch(Weights(version=7, hf_config={}, num_tokens=None, tensors=tensors, adapter=None))

@@ -15,7 +15,7 @@ import ray
 from actors.pool import WORKER_LOST, Pipeline, Request, WorkerPool
 from actors.reward import RewardWorker
 from actors.system import spawner
-from actors.weights import Weights
+from actors.weights import Tensors, Weights
 from diffrl.config import SandboxConfig
 from diffrl.rewards import RECIPE_WEIGHTS
 from diffrl.sampler import SamplingParams
@@ -127,7 +127,9 @@ def test_every_program_gets_its_verdict_or_none(
     rollouts = WorkerPool(spawner(Sampler, {"num_cpus": 0.5}), 1)
     judges.wait_ready()
     problem = Problem(id="p", prompt="", prompt_tests=(), reward_tests=TESTS)
-    weights = Weights(version=0, hf_config={}, entries=(), hashes=(), buckets=())
+    weights = Weights(
+        version=0, hf_config={}, num_tokens=None, tensors=Tensors(entries=(), hashes=(), buckets=()), adapter=None
+    )
     requests = [
         Request(
             ordinal=ordinal,

@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2Config
+from transformers import LlamaConfig, Qwen2Config
 
-from actors.weights import Entry, pack, unpack
+from actors.weights import Entry, PackedState, pack
 from diffrl.models.dream import DreamModel
 from diffrl.models.folders import build_model, state_dict_for_export
+from diffrl.models.llada import LladaModel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int8, torch.uint8, torch.bool)
 
@@ -45,11 +46,11 @@ def test_round_trip(bucket_bytes):
     assert sum(b.nbytes for b in buckets) == sum(t.nbytes for t in state.values())
     for bucket in buckets:
         bucket.setflags(write=False)  # as the object store hands them out
-    got = unpack(entries, buckets)
+    got = dict(PackedState(entries, buckets))
     assert_same(got, {k: v.detach() for k, v in state.items()})
     for tensor in got.values():  # memory of their own: writable, and not the bucket's
         tensor.zero_()
-    assert_same(unpack(entries, buckets), {k: v.detach() for k, v in state.items()})
+    assert_same(dict(PackedState(entries, buckets)), {k: v.detach() for k, v in state.items()})
 
 
 def test_entries_by_hand():
@@ -81,7 +82,7 @@ def test_a_tensor_larger_than_a_bucket_has_one_of_its_own():
     entries, buckets = pack(state, 16)
     assert [(e.bucket, e.offset) for e in entries] == [(0, 0), (1, 0), (2, 0), (3, 0)]
     assert [b.nbytes for b in buckets] == [400, 8, 200, 4]
-    assert_same(unpack(entries, buckets), state)
+    assert_same(dict(PackedState(entries, buckets)), state)
 
 
 def test_a_full_bucket_is_not_overfull():
@@ -94,19 +95,20 @@ def test_packing_copies():
     weight = torch.ones(4)
     entries, buckets = pack({"w": weight})
     weight.zero_()  # the learner goes on while the buckets are on their way
-    assert unpack(entries, buckets)["w"].tolist() == [1.0] * 4
+    assert dict(PackedState(entries, buckets))["w"].tolist() == [1.0] * 4
 
 
 def test_nothing_to_pack():
     entries, buckets = pack({})
-    assert unpack(entries, buckets) == {}
+    assert dict(PackedState(entries, buckets)) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_model_survives_the_wire(tied, dtype):
+@pytest.mark.parametrize(("family", "config_class"), [(DreamModel, Qwen2Config), (LladaModel, LlamaConfig)])
+def test_a_model_survives_the_wire(family, config_class, tied, dtype):
     torch.set_num_threads(1)
-    config = Qwen2Config(
+    config = config_class(
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
@@ -118,10 +120,11 @@ def test_a_model_survives_the_wire(tied, dtype):
         initializer_range=0.3,
     )
     config._attn_implementation = "sdpa"
-    model = DreamModel.from_config(config, mask_token_id=63, generator=torch.Generator().manual_seed(0)).to(dtype)
+    model = family.from_config(config, mask_token_id=63, generator=torch.Generator().manual_seed(0)).to(dtype)
     entries, buckets = pack(state_dict_for_export(model), 10_000)
     assert len(buckets) > 2
-    rebuilt = build_model(model.hf_config, unpack(entries, buckets))
+    rebuilt = build_model(model.hf_config, PackedState(entries, buckets), num_tokens=61)
+    assert type(rebuilt) is family and rebuilt.num_tokens == 61
     ids = torch.randint(0, 60, (1, 300), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():  # long enough that rounded rotary angles would show
         got, expected = (m(ids, torch.ones_like(ids, dtype=torch.bool)) for m in (rebuilt, model))
