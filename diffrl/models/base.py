@@ -41,6 +41,9 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         backbone.lm_head = VocabularyHead(cast(nn.Parameter, backbone.lm_head.weight))
+        parts: list[Any] = [backbone.config, *(layer.self_attn for layer in backbone.model.layers)]
+        for part in parts:
+            part.is_causal = False  # where a call has no mask
         self.mask_token_id = mask_token_id
         self.hf_config = hf_config or self.config_dict(self.config, mask_token_id)
         self.num_tokens = num_tokens
@@ -132,11 +135,14 @@ class PolicyModel(nn.Module):
         """Last hidden states; row i belongs to token i. `attend_BLL` (bool) replaces full attention."""
         mask_BL = attention_mask_BL.bool()
         positions_BL = (mask_BL.long().cumsum(-1) - 1).masked_fill(~mask_BL, 1)
-        if attend_BLL is None:
-            attend_BLL = mask_BL[:, :, None] & mask_BL[:, None, :]
-        # A padding row that attends to nothing would be NaN; let it see itself, nobody looks at it.
-        eye_LL = torch.eye(ids_BL.shape[1], dtype=torch.bool, device=ids_BL.device)
-        attend_B1LL = (attend_BLL | eye_LL)[:, None]
+        if attend_BLL is None and bool(mask_BL.all()):
+            attend_B1LL = None  # kernels of full attention are faster than those that look at a mask
+        else:
+            if attend_BLL is None:
+                attend_BLL = mask_BL[:, :, None] & mask_BL[:, None, :]
+            # A padding row that attends to nothing would be NaN; let it see itself, nobody looks at it.
+            eye_LL = torch.eye(ids_BL.shape[1], dtype=torch.bool, device=ids_BL.device)
+            attend_B1LL = (attend_BLL | eye_LL)[:, None]
         hidden_BLD = self.backbone.model(
             input_ids=ids_BL, attention_mask=attend_B1LL, position_ids=positions_BL, use_cache=False
         ).last_hidden_state

@@ -1,5 +1,6 @@
 """From a config's `model` section to a model and its tokenizer. Local files only, safetensors only, never remote code."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -29,6 +30,11 @@ def load_policy_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
         raise ValueError(
             f"model.path: {config.path} holds no tokenizer that can be read; add its tokenizer.json"
         ) from error
+    if tokenizer.mask_token_id is None:  # LLaDA says it in config.json alone
+        file = Path(config.path) / "config.json"
+        named = json.loads(file.read_text()).get("mask_token_id") if file.exists() else None
+        if isinstance(named, int) and 0 <= named < len(tokenizer):
+            tokenizer.mask_token = tokenizer.convert_ids_to_tokens(named)
     for name, token_id in (("mask", tokenizer.mask_token_id), ("eos", tokenizer.eos_token_id)):
         if token_id is None:
             raise ValueError(
