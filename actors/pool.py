@@ -99,6 +99,16 @@ class WorkerPool:
         self.workers[slot] = self.make_worker()
         self.num_restarts += 1
 
+    def call(self, method: str, *args: Any) -> Any:
+        """One call on some worker, waited for; made again when that worker dies. For when no other work is under way."""
+        assert not self.running and not self.waiting
+        self.submit(0, method, *args)
+        while True:
+            ready, _ = ray.wait(list(self.running), num_returns=1)
+            done = self.finish(ready[0])
+            if done is not None:
+                return done[2]
+
     def close(self) -> None:
         for worker in self.workers:
             kill(worker)

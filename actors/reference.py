@@ -1,9 +1,17 @@
-"""The reference policy: log-probs of completions under frozen weights, with the very views that the learner uses."""
+"""The reference policy: log-probs of completions under frozen weights, with the very views that the learner uses.
+
+Workers are interchangeable: what they score under travels with the call. A refresh is a copy of the policy (the paper;
+then the policy's own version is named, and nothing is computed) or a mixture of policy and reference (the release).
+"""
+
+from collections.abc import Iterator
+from typing import Any
 
 import ray
 import torch
 
-from actors.weights import PolicyHolder, Weights
+from actors.weights import Bucket, PolicyHolder, Weights, fetch, fill_bucket, plan_buckets, stream
+from diffrl.micro_batches import crop_prompts
 from diffrl.scoring import completion_logprobs, to_device
 from diffrl.types import ScoringBatch
 
@@ -20,7 +28,7 @@ class Reference:
     def logprobs(self, batch: ScoringBatch, weights: Weights) -> torch.Tensor:
         """float32 [I, B, C]: one estimate per inner iteration."""
         model = self.holder.at(weights)
-        batch = to_device(batch, self.holder.device)
+        batch = to_device(batch if self.attend_padding else crop_prompts(batch), self.holder.device)
         with torch.no_grad():
             scores = [
                 completion_logprobs(
@@ -29,3 +37,27 @@ class Reference:
                 for views in batch.views
             ]
         return torch.stack(scores).cpu()
+
+    @ray.method
+    def mixed(self, policy: Weights, reference: Weights, mix: float, store: Any) -> Weights:
+        """mix * policy + (1 - mix) * reference, published as version -(the policy's), below all versions of the policy."""
+        weights = Weights(
+            version=-policy.version,
+            hf_config=policy.hf_config,
+            num_tokens=policy.num_tokens,
+            tensors=stream(store, mixed_buckets(policy, reference, mix)),
+            adapter=None,
+        )
+        ray.get(store.commit.remote(weights, (weights.version,)))
+        return weights
+
+
+def mixed_buckets(policy: Weights, reference: Weights, mix: float) -> Iterator[Bucket]:
+    """Computed in float32, one bucket after the other; adapters are merged in."""
+    new, old = fetch(policy), fetch(reference)
+    plan = plan_buckets({entry.name: entry.num_bytes for entry in policy.tensors.entries})
+    for number, names in enumerate(plan):
+        pairs = {name: (old[name], new[name]) for name in names}
+        yield fill_bucket(
+            {name: torch.lerp(a.float(), b.float(), mix).to(b.dtype) for name, (a, b) in pairs.items()}, number
+        )

@@ -8,9 +8,13 @@ it, so it lives as long as any of them and a restarted worker finds both. Worker
 bits either way.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import ray
@@ -24,6 +28,8 @@ from diffrl.models.lora import MergedState, adapter_state, base_state, merged_st
 
 BUCKET_BYTES = 256 << 20
 KEPT_VERSIONS = 2
+Part = Literal["policy", "base", "adapter"]  # the policy with its adapters merged in, or one of the two alone
+PARTS = {"policy": state_dict_for_export, "base": base_state, "adapter": adapter_state}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +41,13 @@ class Entry:
     shape: tuple[int, ...]
     bucket: int
     offset: int  # bytes
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
+
+
+Bucket = tuple[list[Entry], np.ndarray]  # what is in it, its bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,26 +81,86 @@ class Weights:
     tensors: Tensors  # under the family's names
     adapter: Adapter | None
 
+    @property
+    def num_bytes(self) -> int:
+        """What a worker must pull of this version; of adapters that travel alone it has the base already."""
+        parts = [] if self.adapter is None else [self.adapter.tensors]
+        if self.adapter is None or self.adapter.merged:
+            parts.append(self.tensors)
+        return sum(entry.num_bytes for tensors in parts for entry in tensors.entries)
+
+
+def plan_buckets(sizes: Mapping[str, int], bucket_bytes: int = BUCKET_BYTES) -> list[list[str]]:
+    """Names of `sizes` bytes, in order, cut into buckets of about `bucket_bytes` (a larger one gets a bucket of its own)."""
+    buckets: list[list[str]] = []
+    total = 0
+    for name, size in sizes.items():
+        if not buckets or (total and total + size > bucket_bytes):
+            buckets.append([])
+            total = 0
+        buckets[-1].append(name)
+        total += size
+    return buckets
+
+
+def fill_bucket(tensors: Mapping[str, Tensor], number: int) -> Bucket:
+    """Bucket `number`: the tensors' bytes end to end, copied once, from whatever device they are on."""
+    read = {name: tensor.detach() for name, tensor in tensors.items()}  # a lazy state computes at every reading
+    bucket = np.empty(sum(tensor.nbytes for tensor in read.values()), dtype=np.uint8)
+    entries = []
+    offset = 0
+    for name, tensor in read.items():
+        data = tensor.contiguous().reshape(-1).view(torch.uint8)
+        torch.from_numpy(bucket[offset : offset + tensor.nbytes]).copy_(data)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        entries.append(Entry(name=name, dtype=dtype, shape=tuple(tensor.shape), bucket=number, offset=offset))
+        offset += tensor.nbytes
+    return entries, bucket
+
 
 def pack(state: Mapping[str, Tensor], bucket_bytes: int = BUCKET_BYTES) -> tuple[tuple[Entry, ...], list[np.ndarray]]:
-    """Tensors laid end to end in buckets of about `bucket_bytes` (a larger tensor gets a bucket of its own).
+    """All buckets at once, of a state that is whole in one place."""
+    plan = plan_buckets({name: tensor.nbytes for name, tensor in state.items()}, bucket_bytes)
+    filled = [fill_bucket({name: state[name] for name in names}, number) for number, names in enumerate(plan)]
+    return tuple(entry for entries, _ in filled for entry in entries), [bucket for _, bucket in filled]
 
-    A lazy `state` is read one bucket at a time.
-    """
-    entries: list[Entry] = []
-    buckets: list[np.ndarray] = []
-    parts: list[np.ndarray] = []
-    size = 0
-    for name, tensor in state.items():
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        if size and size + data.nbytes > bucket_bytes:
-            buckets.append(np.concatenate(parts))
-            parts, size = [], 0
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        entries.append(Entry(name=name, dtype=dtype, shape=tuple(tensor.shape), bucket=len(buckets), offset=size))
-        parts.append(data)
-        size += data.nbytes
-    return tuple(entries), [*buckets, np.concatenate(parts)] if parts else []
+
+def export_buckets(
+    model: PolicyModel,
+    part: Part,
+    *,
+    gather: Callable[[list[Tensor]], AbstractContextManager] = lambda tensors: nullcontext(),
+    write: bool = True,
+    bucket_bytes: int = BUCKET_BYTES,
+) -> Iterator[Bucket]:
+    """A part of the policy, bucket by bucket: what goes into one is gathered (where tensors are sharded, all ranks must
+    exhaust the iterator) and merged for that bucket alone. Only those that `write` get anything."""
+    state: dict[str, Tensor] = model.backbone.state_dict(keep_vars=True)
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    kept = {"policy": (True, False), "base": (False,), "adapter": (True,)}[part]
+    layers = layers_of(name for name in state if (".lora_" in name) in kept)
+    sizes = {key: sum(whole_bytes(state[name]) for name in names) for key, names in layers.items()}
+    for number, keys in enumerate(plan_buckets(sizes, bucket_bytes)):
+        tensors = {name: state[name] for key in keys for name in layers[key]}
+        with gather(list(tensors.values())):
+            filled = fill_bucket(PARTS[part](model, tensors), number) if write else None
+        if filled is not None:
+            yield filled
+
+
+def layers_of(names: Iterable[str]) -> dict[str, list[str]]:
+    """Tensors of a backbone by what must be together for adapters to be merged: a weight and its A and B."""
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        key = re.sub(r"\.base_layer(?=\.weight$)|\.lora_[AB]\..*(?=\.weight$)", "", name)
+        layers.setdefault(key, []).append(name)
+    return layers
+
+
+def whole_bytes(tensor: Tensor) -> int:
+    """Size of a tensor, also of a parameter that ZeRO 3 has divided (it is empty and knows its `ds_numel`)."""
+    return int(getattr(tensor, "ds_numel", tensor.numel())) * tensor.element_size()
 
 
 class PackedState(Mapping[str, Tensor]):
@@ -184,14 +257,13 @@ class WeightStore:
         self.versions: dict[int, Weights] = {}
 
     @ray.method
-    def put(self, entries: tuple[Entry, ...], *buckets: np.ndarray) -> Tensors:
-        """Take over packed tensors. They live as long as somebody refers to them: see `commit`."""
-        hashes = tuple(digest(bucket) for bucket in buckets)
-        return Tensors(entries=entries, hashes=hashes, buckets=tuple(ray.put(bucket) for bucket in buckets))
+    def put(self, bucket: np.ndarray) -> tuple[str, "ray.ObjectRef"]:
+        """Take over a bucket: its hash and where it is. It lives as long as somebody refers to it: see `commit`."""
+        return digest(bucket), ray.put(bucket)
 
     @ray.method
     def commit(self, weights: Weights, pinned: Sequence[int]) -> None:
-        """Publish a version; the last two and the `pinned` ones stay."""
+        """Publish a version, complete by now; the last two and the `pinned` ones stay."""
         self.versions[weights.version] = weights
         recent = sorted(self.versions)[-KEPT_VERSIONS:]
         self.versions = {v: w for v, w in self.versions.items() if v in recent or v in pinned}
@@ -203,34 +275,53 @@ class WeightStore:
         return None if last is None or last.adapter is None or last.adapter.merged else last.tensors
 
 
+def stream(store: Any, buckets: Iterable[Bucket]) -> Tensors:
+    """Hand buckets to the store as they are made. While one is on its way the next is packed, and no third exists."""
+    entries: list[Entry] = []
+    arrived: list[tuple[str, ray.ObjectRef]] = []
+    on_its_way: list[ray.ObjectRef] = []
+    for made, bucket in buckets:
+        entries += made
+        arrived += ray.get(on_its_way)
+        on_its_way = [store.put.remote(bucket)]
+    arrived += ray.get(on_its_way)
+    return Tensors(
+        entries=tuple(entries),
+        hashes=tuple(digest for digest, _ in arrived),
+        buckets=tuple(ref for _, ref in arrived),
+    )
+
+
 def publish(
     store: Any,
     model: PolicyModel,
     version: int,
     pinned: Sequence[int],
-    backbone_state: Mapping[str, Tensor] | None = None,
-) -> Weights:
+    export: Callable[[Part], Iterator[Bucket]] | None = None,
+    *,
+    write: bool = True,
+) -> Weights | None:
     """Hand the policy to the weight store (an actor handle), as `model.lora.publish` says.
 
-    `backbone_state` replaces `model.backbone.state_dict()` where its tensors are sharded and have been gathered. Of
-    adapters that travel alone the store keeps the base: it is read the first time only.
+    `export` replaces `export_buckets` of the model where its tensors are sharded; then all ranks call this at once, of
+    which one does `write` and returns the version. Of adapters that travel alone the store keeps the base: it is read
+    the first time only.
     """
-
-    def put(state: Mapping[str, Tensor]) -> Tensors:
-        entries, buckets = pack(state)
-        return ray.get(store.put.remote(entries, *buckets))
-
+    export = export or partial(export_buckets, model)
     adapter = None
     if model.lora is None:
-        tensors = put(state_dict_for_export(model, backbone_state))
+        tensors = stream(store, export("policy"))
     else:
         merged = model.lora.publish == "merged"
-        adapter = Adapter(scale=model.lora.scale, merged=merged, tensors=put(adapter_state(model, backbone_state)))
+        adapter = Adapter(scale=model.lora.scale, merged=merged, tensors=stream(store, export("adapter")))
         if merged:
-            tensors = put(state_dict_for_export(model, backbone_state))
+            tensors = stream(store, export("policy"))
         else:
+            # All ranks hear the same: the one that writes cannot commit a first base before the others have asked.
             kept: Any = ray.get(store.base.remote())
-            tensors = kept or put(base_state(model, backbone_state))
+            tensors = kept or stream(store, export("base"))
+    if not write:
+        return None
     weights = Weights(
         version=version, hf_config=model.hf_config, num_tokens=model.num_tokens, tensors=tensors, adapter=adapter
     )

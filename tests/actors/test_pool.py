@@ -149,9 +149,9 @@ def test_buffer_keeps_what_is_not_taken():
 
 def stored(store: WeightStore, version: int, state: dict[str, torch.Tensor]) -> Weights:
     entries, buckets = pack(state)
-    weights = Weights(
-        version=version, hf_config={}, num_tokens=None, tensors=store.put(entries, *buckets), adapter=None
-    )
+    hashes, refs = zip(*map(store.put, buckets), strict=True)
+    tensors = Tensors(entries=entries, hashes=hashes, buckets=refs)
+    weights = Weights(version=version, hf_config={}, num_tokens=None, tensors=tensors, adapter=None)
     store.commit(weights, pinned=(0,))
     return weights
 

@@ -1,4 +1,4 @@
-"""Weights on the wire: packed and unpacked bit for bit, in buckets that keep to their size. No Ray cluster needed."""
+"""Weights on the wire: packed and unpacked bit for bit, in buckets that keep to their size."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen2Config
 
-from actors.weights import Entry, PackedState, pack
+from actors.weights import Entry, PackedState, Tensors, Weights, WeightStore, fetch, layers_of, pack
 from diffrl.models.dream import DreamModel
 from diffrl.models.folders import build_model, state_dict_for_export
 from diffrl.models.llada import LladaModel
@@ -96,6 +96,49 @@ def test_packing_copies():
     entries, buckets = pack({"w": weight})
     weight.zero_()  # the learner goes on while the buckets are on their way
     assert dict(PackedState(entries, buckets))["w"].tolist() == [1.0] * 4
+
+
+def weights_of(store: WeightStore, version: int, state: dict[str, torch.Tensor], bucket_bytes: int) -> Weights:
+    entries, buckets = pack(state, bucket_bytes)
+    hashes, refs = zip(*(store.put(bucket) for bucket in buckets), strict=True)
+    tensors = Tensors(entries=entries, hashes=hashes, buckets=refs)
+    return Weights(version=version, hf_config={}, num_tokens=None, tensors=tensors, adapter=None)
+
+
+def test_a_version_exists_once_it_is_committed(ray_cluster):
+    state = {str(i): torch.full((4,), float(i)) for i in range(6)}
+    store = WeightStore()
+    weights = weights_of(store, 1, state, 32)
+    assert store.versions == {}
+    store.commit(weights, ())
+    assert store.versions == {1: weights}
+    assert_same(dict(fetch(weights)), state)
+    assert weights.num_bytes == 96
+
+
+def test_the_store_keeps_two_versions_and_what_is_pinned(ray_cluster):
+    store = WeightStore()
+
+    def put(version: int, pinned: tuple[int, ...]) -> list[int]:
+        store.commit(weights_of(store, version, {"w": torch.ones(2)}, 100), pinned)
+        return sorted(store.versions)
+
+    assert put(0, ()) == [0]
+    assert put(1, (0,)) == [0, 1]
+    assert put(2, (0,)) == [0, 1, 2]
+    assert put(-2, (-2,)) == [-2, 1, 2]  # a mixture is older than every policy
+    assert put(3, (-2,)) == [-2, 2, 3]
+
+
+def test_a_weight_and_its_adapters_stay_together():
+    q, v, norm = "model.layers.0.q_proj", "model.layers.0.v_proj", "model.norm.weight"
+    adapted = [f"{q}.base_layer.weight", f"{q}.lora_A.default.weight", f"{q}.lora_B.default.weight"]
+    assert layers_of([*adapted[:1], f"{q}.base_layer.bias", *adapted[1:], f"{v}.weight", norm]) == {
+        f"{q}.weight": adapted,
+        f"{q}.base_layer.bias": [f"{q}.base_layer.bias"],
+        f"{v}.weight": [f"{v}.weight"],
+        norm: [norm],
+    }
 
 
 def test_nothing_to_pack():
