@@ -29,7 +29,7 @@ from diffrl.models.tokens import special_id
 from diffrl.rollout_store import write_step
 from diffrl.run_folder import create_run_folder
 from diffrl.seeds import derive_seed
-from diffrl.types import Problem, RolloutGroup, ScoredGroup, ScoringBatch, TrainBatch
+from diffrl.types import Problem, RolloutGroup, ScoredGroup, ScoringBatch, TrainBatch, UpdateResult
 
 
 def train(config: RLConfig, *, dry_run: bool = False) -> None:
@@ -100,11 +100,16 @@ class Run:
         clock.mark("time/record")
         result = self.learner.update(ray.put(batch))
         clock.mark("time/learner")
-        self.publish(result.version, step)
+        self.publish(result.version)
         clock.mark("time/publish")
+        self.follow(step)
+        clock.mark("time/pull")
         restarts = {f"restarts/{name}": pool.num_restarts for name, pool in self.system.pools().items()}
+        restarts["restarts/learner"] = self.learner.num_rebuilds
         metrics = {**rollout_metrics(drawn.scored), "rollout/replaced_groups": float(len(drawn.replaced))}
+        metrics["weights/bytes"] = self.weights.num_bytes
         self.telemetry.step(step, {**metrics, **result.metrics}, {**clock.times, **restarts, **pools})
+        self.check_update(step, result)
 
     def rollouts(self) -> StepRollouts:
         """Sample and judge one step's groups. Of those whose rewards are all equal, which teach nothing, up to
@@ -157,7 +162,7 @@ class Run:
     def score_reference(self, group: RolloutGroup) -> ScoringBatch:
         """Draw a group's views; the reference begins to score it while its tests run."""
         batch = scoring_batch(group, self.config, self.pad_token_id)
-        if self.config.method.kl_coef > 0:
+        if self.config.num_reference_workers > 0:
             self.system.reference.submit(group.ordinal, "logprobs", batch, self.reference)
         return batch
 
@@ -168,15 +173,35 @@ class Run:
         params = self.config.sampling.params()
         return Request(ordinal=ordinal, problem=problem, seeds=tuple(seeds), params=params, weights=self.weights)
 
-    def publish(self, version: int, step: int) -> None:
-        """New weights to everybody who samples; every `reference_refresh_steps` they become the reference too."""
-        refresh = self.config.method.reference_refresh_steps
+    def publish(self, version: int) -> None:
+        """The learner's policy becomes the current version; the reference's stays beside it."""
         self.weights = self.learner.publish(self.system.store, (self.reference.version,))
         assert self.weights.version == version
-        if refresh is not None and (step + 1) % refresh == 0:
-            self.reference = self.weights
+
+    def follow(self, step: int) -> None:
+        """The weights just published go to everybody who samples; every `reference_refresh_steps` the reference moves
+        to them, all the way or by `reference_mix`."""
+        method = self.config.method
+        if method.reference_refresh_steps is not None and (step + 1) % method.reference_refresh_steps == 0:
+            if method.reference_mix == 1.0 or self.config.num_reference_workers == 0:
+                self.reference = self.weights
+            else:
+                self.reference = self.system.reference.call(
+                    "mixed", self.weights, self.reference, method.reference_mix, self.system.store
+                )
         acknowledged = self.system.rollouts.broadcast("pull", self.weights)
-        assert acknowledged == [version] * len(acknowledged)
+        assert acknowledged == [self.weights.version] * len(acknowledged)
+
+    def check_update(self, step: int, result: UpdateResult) -> None:
+        """RunStoppedError when too many optimizer steps in a row had to be skipped."""
+        limit = self.config.learner.max_bad_steps
+        if result.metrics["optim/bad_in_a_row"] >= limit:
+            self.export("model")
+            raise RunStoppedError(
+                f"learner.max_bad_steps: by step {step + 1} {result.metrics['optim/bad_in_a_row']:.0f} optimizer steps in a "
+                f"row had a NaN or infinite loss or gradient and were skipped, the limit is {limit}; lower optim.lr, or "
+                f"look at the batches in {self.folder / 'failed_batches'} (policy so far: {self.folder / 'model'})"
+            )
 
     def evaluate(self, step: int) -> bool:
         """Held-out evaluation when it is due; keeps the best model. True when `stop.patience` says to end the run."""

@@ -1,228 +1,157 @@
-"""The learner: a group of DeepSpeed engines that turn a TrainBatch into `num_iterations` updates of the policy.
+"""The learner: a group of ranks that turn a TrainBatch into updates of the policy, seen from the driver.
 
-Old scores come first, for every inner iteration: nothing has been updated yet, so they are scores of the policy that
-sampled. Those of the first iteration are its own forward pass. Each rank works on whole groups.
+A group is one: when a rank dies the others wait in a collective for ever. Then all of them are ended, started again,
+and brought to where they were: from the last save (or from the first weights, which the seed gives) through the
+batches since. An update is a function of state and batch, so the result is that of an undisturbed run.
 
-DeepSpeed averages gradients over ranks and micro-batches, while eq. 4 divides the sum over the whole batch by ONE
-number of tokens: losses are multiplied by both counts before the backward pass.
+Saves go to `run_dir/learner`, which all nodes with a rank must see.
 """
 
-import os
-import socket
-from collections.abc import Iterator
-from typing import Any, Self
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
 import ray
-import torch
 from transformers import PreTrainedTokenizerFast
 
-from actors.pool import kill
-from actors.weights import Weights, publish
+from actors.learner_rank import LearnerRank
+from actors.pool import WORKER_LOST, WorkersKeepDyingError, kill
+from actors.weights import Weights
 from diffrl.config import RLConfig
-from diffrl.models.loading import load_policy
-from diffrl.objectives import OBJECTIVES
-from diffrl.schedule import cosine_lr
-from diffrl.scoring import completion_logprobs, slice_rows, to_device
-from diffrl.types import ScoringBatch, TrainBatch, UpdateResult
+from diffrl.saved_batch import save_batch
+from diffrl.types import TrainBatch, UpdateResult
+
+MAX_REBUILDS = 3  # in a row, without a single update
+GRACE_S = 20.0  # from the failure of one rank to the death that may be behind it
+MAX_FAILED_BATCHES = 4  # kept for a look
+
+Result = TypeVar("Result")
 
 
-class LearnerRank:
-    """One rank. `start` must be called on all ranks at once; so must `update` and `publish`."""
-
-    def __init__(self, config: RLConfig, tokenizer: PreTrainedTokenizerFast, *, rank: int, total_steps: int):
-        torch.set_num_threads(config.learner.threads)
-        self.config = config
-        self.rank = rank
-        self.total_updates = total_steps * config.method.num_iterations
-        self.num_updates = 0
-        self.version = 0
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = load_policy(config.model, tokenizer, seed=config.seed).to(self.device)
-
-    @ray.method
-    def rendezvous(self) -> tuple[str, int]:
-        """Address and a free port for the process group (asked of rank 0)."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
-
-    @ray.method
-    def start(self, address: str, port: int) -> None:
-        """Join the process group and build the engine."""
-        world = self.config.learner.num_ranks
-        os.environ |= {
-            "RANK": str(self.rank),
-            "WORLD_SIZE": str(world),
-            "LOCAL_RANK": "0",  # Ray shows each actor its own devices only
-            "MASTER_ADDR": address,
-            "MASTER_PORT": str(port),
-        }
-        if self.device == "cpu":
-            os.environ["DS_ACCELERATOR"] = "cpu"
-        import deepspeed  # only here: it looks at the environment, and takes seconds
-
-        if self.device == "cpu":
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles for minutes
-        deepspeed.init_distributed("nccl" if self.device == "cuda" else "gloo", auto_mpi_discovery=False)
-        optim = self.config.optim
-        self.optimizer = torch.optim.AdamW(
-            decay_groups(self.model, optim.weight_decay), lr=optim.lr, betas=(optim.beta1, optim.beta2)
-        )
-        self.engine, *_ = deepspeed.initialize(model=self.model, optimizer=self.optimizer, config=self.engine_config())
-
-    def engine_config(self) -> dict:
-        config = self.config
-        per_micro = config.learner.groups_per_micro_batch
-        return {
-            "train_micro_batch_size_per_gpu": per_micro * config.method.group_size,
-            "gradient_accumulation_steps": config.train.prompts_per_step // config.learner.num_ranks // per_micro,
-            "gradient_clipping": config.optim.grad_norm,
-            "zero_optimization": {"stage": config.learner.zero_stage},
-            "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": config.model.dtype == "bfloat16"},
-            "steps_per_print": 10**9,
-        }
-
-    @ray.method
-    def update(self, batch: TrainBatch) -> UpdateResult:
-        """`num_iterations` optimizer steps on this rank's share of the batch. Metrics are partial sums over ranks,
-        except `optim/*`, which are the same on every rank."""
-        micros = list(self.micro_batches(batch))
-        old_IM = [[self.scores(micro.scoring, i) for micro in micros] for i in range(1, len(batch.scoring.views))]
-        metrics: dict[str, float] = {}
-        lr = grad_norm = 0.0
-        for i in range(len(batch.scoring.views)):
-            lr = cosine_lr(
-                self.num_updates,
-                total=self.total_updates,
-                peak=self.config.optim.lr,
-                warmup=self.config.optim.warmup_steps,
-                min_ratio=self.config.optim.min_lr_ratio,
-            )
-            for group in self.optimizer.param_groups:  # shared with DeepSpeed's wrappers
-                group["lr"] = lr
-            sums: dict[str, float] = {}
-            for number, micro in enumerate(micros):
-                old_BC = old_IM[i - 1][number] if i else None
-                for key, value in self.backward(micro, i, old_BC, num_micros=len(micros)).items():
-                    sums[key] = sums.get(key, 0.0) + value
-                if self.config.learner.zero_stage == 0 and number == len(micros) - 1:
-                    # Averaged over ranks by now, and not clipped yet; ZeRO reports the same norm itself.
-                    grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-                    grad_norm = float(torch.nn.utils.get_total_norm(grads))
-                self.engine.step()
-            if self.config.learner.zero_stage > 0:
-                grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
-            self.num_updates += 1
-            for key, value in sums.items():
-                metrics[key] = metrics.get(key, 0.0) + value / len(batch.scoring.views)
-            if i == 0:
-                metrics |= {"first/ratio_mean": sums["loss/ratio_mean"], "first/kl": sums["loss/kl"]}
-        metrics |= {"optim/grad_norm": grad_norm, "optim/lr": lr}
-        self.version += 1
-        return UpdateResult(version=self.version, metrics=metrics)
-
-    def micro_batches(self, batch: TrainBatch) -> Iterator[TrainBatch]:
-        """This rank's groups, `groups_per_micro_batch` at a time."""
-        num_rows = batch.loss_mask_BC.shape[0]
-        share = num_rows // self.config.learner.num_ranks
-        rows = self.config.learner.groups_per_micro_batch * batch.scoring.group_size
-        for start in range(self.rank * share, (self.rank + 1) * share, rows):
-            cut = slice(start, start + rows)
-            loss_mask_BC = batch.loss_mask_BC[cut].to(self.device)
-            ref = batch.ref_logprobs_IBC
-            local_count = max(int(loss_mask_BC.sum()), 1) * share // rows * self.config.learner.num_ranks
-            yield TrainBatch(
-                scoring=to_device(slice_rows(batch.scoring, cut.start, cut.stop), self.device),
-                loss_mask_BC=loss_mask_BC,
-                advantages_B=batch.advantages_B[cut].to(self.device),
-                ref_logprobs_IBC=None if ref is None else ref[:, cut].to(self.device),
-                num_loss_tokens=local_count if self.config.method.compat == "release" else batch.num_loss_tokens,
-                num_loss_rows=batch.num_loss_rows,
-            )
-
-    def logprobs(self, batch: ScoringBatch, iteration: int) -> torch.Tensor:
-        return completion_logprobs(
-            self.engine,
-            batch,
-            batch.views[iteration],
-            mask_token_id=self.model.mask_token_id,
-            attend_padding=self.config.method.compat == "release",
-        )
-
-    def scores(self, batch: ScoringBatch, iteration: int) -> torch.Tensor:
-        with torch.no_grad():
-            return self.logprobs(batch, iteration)
-
-    def backward(
-        self, micro: TrainBatch, iteration: int, old_BC: torch.Tensor | None, *, num_micros: int
-    ) -> dict[str, float]:
-        """Forward and backward of one micro-batch. Without old scores they are this very forward pass."""
-        method = self.config.method
-        logprobs_BC = self.logprobs(micro.scoring, iteration)
-        loss, metrics = OBJECTIVES[method.objective](
-            logprobs_BC,
-            logprobs_BC.detach() if old_BC is None else old_BC,
-            None if micro.ref_logprobs_IBC is None else micro.ref_logprobs_IBC[iteration],
-            micro.advantages_B,
-            micro.loss_mask_BC,
-            num_loss_tokens=micro.num_loss_tokens,
-            num_loss_rows=micro.num_loss_rows,
-            clip_low=method.clip_low,
-            clip_high=method.clip_high,
-            kl_coef=method.kl_coef,
-        )
-        self.engine.backward(loss * num_micros * self.config.learner.num_ranks)
-        return {key: float(value) for key, value in metrics.items()}
-
-    @ray.method
-    def publish(self, store: Any, pinned: tuple[int, ...]) -> Weights:
-        """Rank 0 hands the policy to the weight store."""
-        assert self.rank == 0
-        return publish(store, self.model, self.version, pinned)
-
-
-def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """What is trained, with weight decay for matrices only, not for norms and biases."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]  # adapters are matrices, all of them
+class RankLostError(RuntimeError):
+    """A rank of the group is gone; the message carries what Ray said."""
 
 
 class Learner:
     """The driver's side of the group."""
 
     def __init__(self, config: RLConfig, tokenizer: PreTrainedTokenizerFast, total_steps: int):
+        self.config = config
+        self.folder = Path(config.run_dir).resolve()
         options = {
             "num_cpus": config.learner.cpus_per_rank,
             "num_gpus": config.learner.gpus_per_rank,
-            "max_restarts": 0,  # its state cannot be rebuilt by running the constructor again
+            "max_restarts": 0,  # a rank alone cannot be rebuilt
         }
         Rank = ray.remote(LearnerRank).options(**options)
-        self.ranks = [
-            Rank.remote(config, tokenizer, rank=rank, total_steps=total_steps)
-            for rank in range(config.learner.num_ranks)
-        ]
+        self.make_rank = lambda rank: Rank.remote(config, tokenizer, rank=rank, total_steps=total_steps)
+        self.ranks = [self.make_rank(rank) for rank in range(config.learner.num_ranks)]
+        self.saved: Path | None = None
+        self.since_save: list[ray.ObjectRef[TrainBatch]] = []
+        self.num_rebuilds = 0
+        self.rebuilds_in_a_row = 0
 
     def start(self) -> None:
         """Build the engines; what a rank's constructor raised is raised here."""
-        address, port = ray.get(self.ranks[0].rendezvous.remote())
-        ray.get([rank.start.remote(address, port) for rank in self.ranks])
+        address, port = self.call_one(self.ranks[0].rendezvous.remote())
+        self.call("start", address, port)
 
     def update(self, batch: "ray.ObjectRef[TrainBatch]") -> UpdateResult:
-        """Sums of the ranks' partial metrics; `optim/*` as rank 0 saw them."""
-        results = ray.get([rank.update.remote(batch) for rank in self.ranks])
+        """Sums of the ranks' partial metrics; `optim/*`, which all ranks agree on, as rank 0 saw them. A batch that
+        led to a skipped optimizer step is kept in `run_dir/failed_batches`."""
+        results: list[UpdateResult] = self.surviving(lambda: self.call("update", batch))
+        self.rebuilds_in_a_row = 0
         metrics = {
             key: value if key.startswith("optim/") else sum(r.metrics[key] for r in results)
             for key, value in results[0].metrics.items()
         }
-        return UpdateResult(version=results[0].version, metrics=metrics)
+        version = results[0].version
+        if metrics["optim/bad_steps"]:
+            self.keep_failed(batch, version, metrics)
+        self.since_save.append(batch)
+        if len(self.since_save) >= self.config.learner.save_every:
+            self.surviving(lambda: self.save(version))
+        return UpdateResult(version=version, metrics=metrics)
 
-    def publish(self, store, pinned: tuple[int, ...]) -> Weights:
-        return ray.get(self.ranks[0].publish.remote(store, pinned))
+    def publish(self, store: Any, pinned: tuple[int, ...]) -> Weights:
+        """The policy as a version in the store, where the last two and the `pinned` ones stay."""
+        return self.surviving(lambda: self.call("publish", store, pinned))[0]
+
+    def save(self, version: int) -> None:
+        """State of the group into a folder of the run; the one before it is deleted when this one is complete."""
+        folder = self.folder / "learner" / f"version-{version:06d}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self.call("save", folder)
+        self.saved = folder
+        self.since_save.clear()
+        for other in set(folder.parent.glob("version-*")) - {folder}:
+            shutil.rmtree(other)
+
+    def load(self, folder: Path) -> int:
+        """Go on from a save; its version. Raises RunStoppedError for one of another number of ranks, stage or dtype."""
+        version = self.call("load", folder)[0]
+        self.saved = folder
+        self.since_save.clear()
+        return version
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """Call all ranks at once. Raises RankLostError when one is gone, and what a rank raised otherwise."""
+        refs = [getattr(rank, method).remote(*args) for rank in self.ranks]
+        waiting = list(refs)
+        failure: Exception | None = None
+        while waiting:
+            ready, waiting = ray.wait(waiting, num_returns=1, timeout=None if failure is None else GRACE_S)
+            if not ready:
+                break
+            try:
+                self.call_one(ready[0])
+            except RankLostError:
+                raise
+            except Exception as error:  # a collective that failed, perhaps, because a peer died: whose death follows
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        return ray.get(refs)
+
+    def call_one(self, ref: "ray.ObjectRef") -> Any:
+        try:
+            return ray.get(ref)
+        except WORKER_LOST as error:
+            raise RankLostError(str(error)) from error
+
+    def surviving(self, work: Callable[[], Result]) -> Result:
+        """Do it, again after a rebuild if a rank dies meanwhile."""
+        lost: RankLostError | None = None
+        while True:
+            try:
+                if lost is not None:
+                    self.rebuild(lost)
+                return work()
+            except RankLostError as error:
+                lost = error
+
+    def rebuild(self, error: RankLostError) -> None:
+        """All ranks anew, in the state they had after the last update."""
+        self.rebuilds_in_a_row += 1
+        if self.rebuilds_in_a_row > MAX_REBUILDS:
+            raise WorkersKeepDyingError(f"ranks of the learner keep dying, the last one with: {error}") from error
+        self.num_rebuilds += 1
+        for rank in self.ranks:
+            kill(rank)
+        self.ranks = [self.make_rank(rank) for rank in range(len(self.ranks))]
+        self.start()
+        if self.saved is not None:
+            self.call("load", self.saved)
+        for batch in self.since_save:
+            self.call("update", batch)
+
+    def keep_failed(self, batch: "ray.ObjectRef[TrainBatch]", version: int, metrics: dict[str, float]) -> None:
+        """Write a batch that led to skipped steps where somebody can look at it, unless there are enough of them."""
+        folder = self.folder / "failed_batches"
+        if len(list(folder.glob("*.json"))) < MAX_FAILED_BATCHES:
+            facts = {"version_before": version - 1, "bad_steps": int(metrics["optim/bad_steps"])}
+            save_batch(folder / f"version-{version - 1:06d}", ray.get(batch), facts)
 
     def __enter__(self) -> Self:
         return self

@@ -88,7 +88,7 @@ def check_devices(config: RLConfig) -> None:
     """A cluster that is not there yet may grow; this machine will not."""
     needed = (
         config.rollout.num_workers * config.rollout.gpus_per_worker
-        + config.reference.gpus
+        + config.num_reference_workers * config.reference.gpus
         + config.learner.num_ranks * config.learner.gpus_per_rank
     )
     if needed > torch.cuda.device_count() and not (config.ray.address or os.environ.get("RAY_ADDRESS")):

@@ -49,7 +49,7 @@ class System:
                 threads=reference.threads,
                 attend_padding=config.method.compat == "release",
             ),
-            1 if config.method.kl_coef > 0 else 0,
+            config.num_reference_workers,
         )
 
     def pools(self) -> dict[str, WorkerPool]:
@@ -83,7 +83,7 @@ def num_cpus_needed(config: RLConfig) -> float:
         STORE_CPUS
         + config.rollout.num_workers * config.rollout.cpus_per_worker
         + config.judge.num_workers * config.judge.cpus_per_worker
-        + config.reference.cpus
+        + config.num_reference_workers * config.reference.cpus
         + config.learner.num_ranks * config.learner.cpus_per_rank
     )
 

@@ -143,10 +143,19 @@ class MethodConfig(Section):
     stratify_t: bool = False
     share_masks: bool = False
     reference_refresh_steps: Positive | None = 64
+    reference_mix: Annotated[float, Field(gt=0, le=1)] = (
+        1.0  # share of the policy in a refresh; 1: a copy, release: 0.6
+    )
     compat: Literal["release"] | None = None  # padding attended, local token count: for parity tests only
 
     @model_validator(mode="after")
     def check(self):
+        require(
+            self.reference_mix == 1.0 or self.reference_refresh_steps is not None,
+            "reference_refresh_steps",
+            None,
+            f"be set with reference_mix {self.reference_mix:g}",
+        )
         require(
             self.group_size >= 2,
             "group_size",
@@ -233,7 +242,9 @@ class WorkerConfig(Section):
 
 
 class ReferenceConfig(Section):
-    cpus: Annotated[float, Field(ge=0)] = 1.0
+    mode: Literal["actor", "adapter_off"] = "actor"  # adapter_off: the learner without its adapters, no actor
+    num_workers: Positive = 1  # each scores whole groups
+    cpus: Annotated[float, Field(ge=0)] = 1.0  # of each
     gpus: Annotated[float, Field(ge=0)] = 0.0
     threads: Positive = 1
 
@@ -242,11 +253,39 @@ class LearnerConfig(Section):
     """The DeepSpeed engine group."""
 
     num_ranks: Positive = 1
-    zero_stage: Literal[0, 1] = 0
-    groups_per_micro_batch: Positive = 1
+    zero_stage: Literal[0, 1, 2, 3] = 0  # what the ranks share: 1 optimizer state, 2 and gradients, 3 and parameters
+    offload: Literal["none", "optimizer", "all"] = "none"  # what lives in main memory; all: parameters too
+    stage3_param_persistence_threshold: Annotated[int, Field(ge=0)] = 100_000  # elements; smaller ones stay whole
+    max_tokens_per_micro_batch: Positive = 16_384  # rows of distinct inputs x padded length; at least one group
+    recompute: bool = False  # activations of the layers, in the backward pass: less memory, a third more time
+    compile: bool = False  # torch.compile of each layer
+    save_every: Positive = 1  # updates; from the last save the group is rebuilt when a rank dies
+    max_bad_steps: Positive = 4  # optimizer steps in a row with a NaN or infinite loss or gradient; then the run stops
     cpus_per_rank: Annotated[float, Field(ge=0)] = 1.0
     gpus_per_rank: Annotated[float, Field(ge=0)] = 0.0
     threads: Positive = 1
+
+    @model_validator(mode="after")
+    def check(self):
+        require(
+            self.offload == "none" or self.zero_stage >= 1,
+            "offload",
+            self.offload,
+            "be none with zero_stage 0: raise zero_stage",
+        )
+        require(
+            self.offload != "all" or self.zero_stage == 3,
+            "offload",
+            self.offload,
+            f"be optimizer or none with zero_stage {self.zero_stage}: parameters are offloaded by zero_stage 3 only",
+        )
+        require(
+            not self.compile or self.zero_stage < 3,
+            "compile",
+            self.compile,
+            "be false with zero_stage 3, whose hooks gather parameters around every layer",
+        )
+        return self
 
 
 class SandboxConfig(Section):
@@ -329,15 +368,19 @@ class RLConfig(Section):
     stop: StopConfig = StopConfig()
     ray: RayConfig = RayConfig()
 
+    @property
+    def num_reference_workers(self) -> int:
+        return self.reference.num_workers if self.method.kl_coef > 0 and self.reference.mode == "actor" else 0
+
     @model_validator(mode="after")
     def check(self):
         prompts, ranks = self.train.prompts_per_step, self.learner.num_ranks
-        per_micro = self.learner.groups_per_micro_batch
+        require(prompts % ranks == 0, "train.prompts_per_step", prompts, f"be a multiple of learner.num_ranks {ranks}")
         require(
-            prompts % (ranks * per_micro) == 0,
-            "train.prompts_per_step",
-            prompts,
-            f"be a multiple of learner.num_ranks {ranks} x learner.groups_per_micro_batch {per_micro}",
+            self.model.dtype == "float32" or self.learner.zero_stage >= 1,
+            "learner.zero_stage",
+            self.learner.zero_stage,
+            f"be 1, 2 or 3 with model.dtype {self.model.dtype}: stage 0 would sum gradients in {self.model.dtype}",
         )
         require(
             self.sampling.steps <= self.sampling.completion_tokens,
@@ -377,6 +420,14 @@ class RLConfig(Section):
                 "model.lora.dropout",
                 self.model.lora.dropout,
                 "be 0 in RL: old and new scores of a completion would differ by what was dropped",
+            )
+        if self.reference.mode == "adapter_off":
+            require(self.model.lora is not None, "reference.mode", self.reference.mode, "be actor without model.lora")
+            require(
+                self.method.reference_refresh_steps is None,
+                "method.reference_refresh_steps",
+                self.method.reference_refresh_steps,
+                "be null with reference.mode adapter_off: the base is the reference, and adapters never change it",
             )
         if self.method.compat == "release":
             require(

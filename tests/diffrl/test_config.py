@@ -31,7 +31,7 @@ run_dir: runs/base
 data: {source: microcode, num_prompt_tests: 0, max_prompt_tokens: 128}
 sampling: {completion_tokens: 34, steps: 17, top_p: null}
 train: {steps: 100, prompts_per_step: 12}
-learner: {num_ranks: 2, groups_per_micro_batch: 6}
+learner: {num_ranks: 2}
 report: {problems: {source: microcode, split: held_out, num_prompt_tests: 0}}
 """
 
@@ -138,6 +138,7 @@ def test_defaults_are_the_published_recipe():
         "stratify_t": False,
         "share_masks": False,
         "reference_refresh_steps": 64,
+        "reference_mix": 1.0,
         "compat": None,
     }
     assert config.method.model_dump() == method
@@ -319,8 +320,8 @@ def test_files_that_cannot_be_used(write, tmp_path):
         ),
         (["data.num_prompt_tests=2"], "data.num_prompt_tests: 2 must be less than or equal to 1"),
         (
-            ["train.prompts_per_step=10"],
-            "train.prompts_per_step: 10 must be a multiple of learner.num_ranks 2 x learner.groups_per_micro_batch 6",
+            ["train.prompts_per_step=11"],
+            "train.prompts_per_step: 11 must be a multiple of learner.num_ranks 2",
         ),
         (
             ["sampling.steps=35"],
@@ -368,7 +369,33 @@ def test_files_that_cannot_be_used(write, tmp_path):
         (["method.compat=release"], "method.advantage: 'group_mean' must be leave_one_out with method.compat release"),
         (["model.tiny.hidden_size=30"], "model.tiny.hidden_size: 30 must be a multiple of num_heads 4"),
         (["model.tiny.num_kv_heads=3"], "model.tiny.num_heads: 4 must be a multiple of num_kv_heads 3"),
-        (["learner.zero_stage=3"], "learner.zero_stage: 3 must be 0 or 1"),
+        (["learner.zero_stage=4"], "learner.zero_stage: 4 must be 0, 1, 2 or 3"),
+        (
+            ["learner.offload=optimizer"],
+            "learner.offload: 'optimizer' must be none with zero_stage 0: raise zero_stage",
+        ),
+        (
+            ["learner.offload=all", "learner.zero_stage=2"],
+            "learner.offload: 'all' must be optimizer or none with zero_stage 2: parameters are offloaded by "
+            "zero_stage 3 only",
+        ),
+        (
+            ["learner.compile=true", "learner.zero_stage=3"],
+            "learner.compile: True must be false with zero_stage 3, whose hooks gather parameters around every layer",
+        ),
+        (
+            ["model.dtype=bfloat16"],
+            "learner.zero_stage: 0 must be 1, 2 or 3 with model.dtype bfloat16: stage 0 would sum gradients in bfloat16",
+        ),
+        (
+            ["method.reference_mix=0.6", "method.reference_refresh_steps=null"],
+            "method.reference_refresh_steps: None must be set with reference_mix 0.6",
+        ),
+        (["reference.mode=adapter_off"], "reference.mode: 'adapter_off' must be actor without model.lora"),
+        (
+            ["reference.mode=adapter_off", "model.lora={}"],
+            "method.reference_refresh_steps: 64 must be null with reference.mode adapter_off: the base is the reference",
+        ),
         (["sandbox.backend=none"], "sandbox.backend: 'none' must be 'auto', 'docker', 'process' or 'pod'"),
         (["sandbox.backend=pod"], "sandbox.addresses: [] must name a host:port with backend pod"),
         (["sandbox.backend=pod", "sandbox.addresses=[a:1,b]"], "sandbox.addresses: 'b' must be host:port"),
