@@ -1,142 +1,67 @@
 """The DeepSpeed learner against the same update written out in plain torch."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
 import torch
 
-from actors.learner import Learner, decay_groups
-from actors.weights import WeightStore, fetch
-from diffrl.config import RLConfig
+from actors.weights import fetch
 from diffrl.coupled_grpo import coupled_grpo_loss
-from diffrl.estimators import ESTIMATORS, draw_views
-from diffrl.models.base import PolicyModel
 from diffrl.models.folders import state_dict_for_export
 from diffrl.models.loading import load_policy, load_policy_tokenizer
-from diffrl.schedule import cosine_lr
 from diffrl.scoring import completion_logprobs
-from diffrl.types import ScoringBatch, TrainBatch
-from tests.actors.conftest import rl_config
+from tests.actors.learner_case import (
+    GROUP_SIZE,
+    GROUPS,
+    STEPS,
+    ZERO_3,
+    config_of,
+    plain_updates,
+    random_batch,
+    running,
+)
 
-GROUPS, GROUP_SIZE, PROMPT, COMPLETION, STEPS = 4, 2, 6, 8, 2
-
-
-def config_of(tuned_model: Path, **sections: dict) -> RLConfig:
-    method = {"group_size": GROUP_SIZE, "kl_coef": 0.05} | sections.pop("method", {})
-    return rl_config(
-        tuned_model,
-        Path("unused.jsonl"),
-        Path("unused"),
-        method=method,
-        train={"steps": STEPS, "prompts_per_step": GROUPS},
-        optim={"lr": 1e-3, "warmup_steps": 1, "grad_norm": 0.5},
-        **sections,
-    )
-
-
-def random_batch(config: RLConfig, vocab_size: int, seed: int) -> TrainBatch:
-    """Random tokens, padding, advantages, loss mask and reference scores."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = GROUPS * GROUP_SIZE
-    prompt = torch.randint(10, vocab_size, (GROUPS, PROMPT), generator=generator).repeat_interleave(GROUP_SIZE, 0)
-    pads = torch.randint(0, 3, (GROUPS, 1), generator=generator).repeat_interleave(GROUP_SIZE, 0)
-    lengths = torch.randint(1, COMPLETION + 1, (rows, 1), generator=generator)
-    loss_mask = torch.arange(COMPLETION) < lengths
-    views = tuple(
-        draw_views(
-            ESTIMATORS["coupled"],
-            seeds=[seed * 100 + iteration * 10 + g for g in range(GROUPS)],
-            group_size=GROUP_SIZE,
-            num_tokens=COMPLETION,
-            options=config.method.view_options(),
-        )
-        for iteration in range(config.method.num_iterations)
-    )
-    scoring = ScoringBatch(
-        prompt_ids_BP=prompt,
-        prompt_mask_BP=torch.arange(PROMPT) >= pads,
-        completion_ids_BC=torch.randint(10, vocab_size, (rows, COMPLETION), generator=generator),
-        scored_BC=loss_mask,
-        views=views,
-        group_size=GROUP_SIZE,
-    )
-    ref = -5 * torch.rand(config.method.num_iterations, rows, COMPLETION, generator=generator)
-    return TrainBatch(
-        scoring=scoring,
-        loss_mask_BC=loss_mask,
-        advantages_B=torch.randn(rows, generator=generator),
-        ref_logprobs_IBC=ref,
-        num_loss_tokens=int(loss_mask.sum()),
-        num_loss_rows=len(loss_mask),
-    )
-
-
-def plain_updates(config: RLConfig, model: PolicyModel, batches: list[TrainBatch]) -> list[dict[str, float]]:
-    """The whole batch at once, without DeepSpeed, ranks or micro-batches."""
-    method, optim = config.method, config.optim
-    optimizer = torch.optim.AdamW(
-        decay_groups(model, optim.weight_decay), lr=optim.lr, betas=(optim.beta1, optim.beta2)
-    )
-    rows, update = [], 0
-    for batch in batches:
-        assert batch.ref_logprobs_IBC is not None
-
-        def scores(iteration: int, batch: TrainBatch = batch) -> torch.Tensor:
-            private = replace(batch.scoring, group_size=1)  # no sharing between siblings
-            return completion_logprobs(model, private, private.views[iteration], mask_token_id=model.mask_token_id)
-
-        with torch.no_grad():
-            old = [scores(i) for i in range(method.num_iterations)]
-        losses, norms = [], []
-        for i in range(method.num_iterations):
-            for group in optimizer.param_groups:
-                group["lr"] = cosine_lr(
-                    update,
-                    total=STEPS * method.num_iterations,
-                    peak=optim.lr,
-                    warmup=optim.warmup_steps,
-                    min_ratio=optim.min_lr_ratio,
-                )
-            optimizer.zero_grad()
-            loss, _ = coupled_grpo_loss(
-                scores(i),
-                old[i],
-                batch.ref_logprobs_IBC[i],
-                batch.advantages_B,
-                batch.loss_mask_BC,
-                num_loss_tokens=batch.num_loss_tokens,
-                clip_low=method.clip_low,
-                clip_high=method.clip_high,
-                kl_coef=method.kl_coef,
-            )
-            loss.backward()
-            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_norm)))
-            optimizer.step()
-            losses.append(loss.item())
-            update += 1
-        rows.append({"loss/total": sum(losses) / len(losses), "optim/grad_norm": norms[-1]})
-    return rows
+CASES = {
+    "one rank": {},
+    "two ranks, ZeRO 1": {"num_ranks": 2, "zero_stage": 1},
+    "two ranks, ZeRO 3": {"num_ranks": 2, "max_tokens_per_micro_batch": 1, **ZERO_3},
+}
+SLOW_CASES = {
+    "two ranks": {"num_ranks": 2},
+    "two ranks, ZeRO 2": {"num_ranks": 2, "zero_stage": 2},
+    "three ranks, ZeRO 2": {"num_ranks": 3, "zero_stage": 2},
+    "three ranks, ZeRO 3": {"num_ranks": 3, "max_tokens_per_micro_batch": 1, **ZERO_3},
+    "micro-batches": {"max_tokens_per_micro_batch": 1},
+    "micro-batches, ZeRO 1": {"max_tokens_per_micro_batch": 1, "zero_stage": 1},
+    "micro-batches, ZeRO 2": {"num_ranks": 2, "max_tokens_per_micro_batch": 1, "zero_stage": 2},
+    "one rank, ZeRO 3, recompute": {"recompute": True, **ZERO_3},
+    "recompute": {"recompute": True},
+    "recompute, ZeRO 3": {"num_ranks": 2, "recompute": True, "max_tokens_per_micro_batch": 1, **ZERO_3},
+    "compile": {"compile": True},
+    "compile and recompute, ZeRO 2": {"num_ranks": 2, "compile": True, "recompute": True, "zero_stage": 2},
+    "offload, ZeRO 1": {"num_ranks": 2, "zero_stage": 1, "offload": "optimizer", "max_tokens_per_micro_batch": 1},
+    "offload, ZeRO 2": {"num_ranks": 2, "zero_stage": 2, "offload": "optimizer", "max_tokens_per_micro_batch": 1},
+    "offload, ZeRO 3": {"num_ranks": 2, "offload": "optimizer", "max_tokens_per_micro_batch": 1, **ZERO_3},
+    "offload all, ZeRO 3": {"num_ranks": 2, "offload": "all", "max_tokens_per_micro_batch": 1, **ZERO_3},
+    "parameters kept whole, ZeRO 3": {"num_ranks": 2, "zero_stage": 3},
+}
 
 
 @pytest.mark.parametrize(
     "learner",
-    [{}, {"groups_per_micro_batch": 2}, {"num_ranks": 2, "zero_stage": 1, "groups_per_micro_batch": 2}],
-    ids=["one rank", "micro-batches of two", "two ranks, ZeRO 1"],
+    [pytest.param(learner, id=name) for name, learner in CASES.items()]
+    + [pytest.param(learner, id=name, marks=pytest.mark.slow) for name, learner in SLOW_CASES.items()],
 )
-def test_updates_equal_plain_torch(ray_cluster, tuned_model: Path, learner: dict):
-    config = config_of(tuned_model, learner=learner)
+def test_updates_equal_plain_torch(ray_cluster, tuned_model: Path, tmp_path: Path, learner: dict):
+    config = config_of(tuned_model, tmp_path, learner=learner)
     tokenizer = load_policy_tokenizer(config.model)
     model = load_policy(config.model, tokenizer, seed=0)
-    batches = [random_batch(config, len(tokenizer), seed) for seed in range(STEPS)]
-    store = ray.remote(WeightStore).options(num_cpus=0.1).remote()
-    with Learner(config, tokenizer, STEPS) as group:
-        group.start()
+    batches = [random_batch(config, model, seed) for seed in range(STEPS)]
+    with running(config, tokenizer) as (group, store):
         results = [group.update(ray.put(batch)) for batch in batches]
         weights = group.publish(store, ())
         trained = fetch(weights)
-    ray.kill(store)
     expected = plain_updates(config, model, batches)
     assert [r.version for r in results] == [1, 2] and weights.version == 2
     for result, row in zip(results, expected, strict=True):
@@ -146,17 +71,17 @@ def test_updates_equal_plain_torch(ray_cluster, tuned_model: Path, learner: dict
         # Adam divides by the root of the second moment: where a gradient is nearly 0, its rounding is what is left.
         gap = (trained[name] - tensor).abs()
         assert gap.max() < 5e-4 and gap.mean() < 2e-6, name
+    assert weights.num_bytes == sum(tensor.nbytes for tensor in trained.values())
 
 
-def test_compat_release_divides_by_local_token_counts(ray_cluster, tuned_model: Path):
+def test_compat_release_divides_by_local_token_counts(ray_cluster, tuned_model: Path, tmp_path: Path):
     """What the release computes: the mean over micro-batches of (sum over tokens / tokens of the micro-batch)."""
     method = {"compat": "release", "advantage": "leave_one_out", "num_iterations": 1}
-    config = config_of(tuned_model, method=method)
+    config = config_of(tuned_model, tmp_path, method=method, learner={"max_tokens_per_micro_batch": 1})
     tokenizer = load_policy_tokenizer(config.model)
     model = load_policy(config.model, tokenizer, seed=0)
-    batch = random_batch(config, len(tokenizer), 5)
-    with Learner(config, tokenizer, STEPS) as group:
-        group.start()
+    batch = random_batch(config, model, 5)
+    with running(config, tokenizer) as (group, _):
         result = group.update(ray.put(batch))
     assert batch.ref_logprobs_IBC is not None
     with torch.no_grad():

@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
+import torch
 
 from actors.driver import Run, train
 from actors.learner import Learner
@@ -14,13 +16,15 @@ from actors.prepare import prepare
 from actors.system import System
 from actors.telemetry import Telemetry
 from diffrl.config import RLConfig
+from diffrl.errors import RunStoppedError
 from diffrl.models.folders import load_model, load_state_dict
 from diffrl.rollout_store import read_all
 from diffrl.run_folder import create_run_folder
+from diffrl.saved_batch import load_batch
 from diffrl.types import RolloutGroup, ScoredGroup, ScoringBatch
 from tests.actors.conftest import rl_config
 
-VOLATILE = ("time/", "restarts/", "pool/")
+VOLATILE = ("time/", "restarts/", "pool/", "weights/")
 
 
 def metric_lines(run_dir: Path) -> list[str]:
@@ -130,6 +134,35 @@ def test_lost_workers_change_nothing(plain_run: Path, tuned_model, problems_file
     assert metric_lines(tmp_path / "lost") == metric_lines(plain_run)
 
 
+class Spoiled(Run):
+    """Draws a view with an infinite weight in the third group of the second step and in all that follow."""
+
+    def score_reference(self, group: RolloutGroup) -> ScoringBatch:
+        batch = super().score_reference(group)
+        if group.ordinal < 6:
+            return batch
+        views = tuple(replace(v, weight_SBC=v.weight_SBC.clone()) for v in batch.views)
+        for view in views:
+            view.weight_SBC[0, 0, 0] = torch.inf
+        return replace(batch, views=views)
+
+
+def test_a_run_stops_when_too_many_steps_are_skipped(plain_run: Path, tuned_model, problems_file, tmp_path):
+    config = rl_config(tuned_model, problems_file, tmp_path / "bad", learner={"max_bad_steps": 3})
+    with pytest.raises(RunStoppedError) as caught:
+        run_with(Spoiled, config)
+    message = str(caught.value)
+    assert message.startswith("learner.max_bad_steps: by step 3 4 optimizer steps in a row had a NaN or infinite loss")
+    assert "the limit is 3; lower optim.lr" in message and "\n" not in message
+    rows = [json.loads(line) for line in metric_lines(tmp_path / "bad")]
+    assert [row["optim/bad_steps"] for row in rows] == [0, 2, 2]
+    assert rows[0] == json.loads(metric_lines(plain_run)[0])
+    kept = load_batch(tmp_path / "bad" / "failed_batches" / "version-000001")
+    assert torch.isinf(kept.scoring.views[0].weight_SBC).any()
+    model = load_state_dict(tmp_path / "bad" / "model")
+    assert all(torch.isfinite(tensor).all() for tensor in model.values())
+
+
 @pytest.mark.parametrize("zero_stage", [0, 1])
 def test_two_learner_ranks_compute_the_same(plain_run: Path, tuned_model, problems_file, tmp_path, zero_stage):
     learner = {"num_ranks": 2, "zero_stage": zero_stage}
@@ -150,7 +183,7 @@ def test_two_learner_ranks_compute_the_same(plain_run: Path, tuned_model, proble
 
 def test_micro_batches_change_nothing(plain_run: Path, tuned_model, problems_file, tmp_path):
     """One token count divides the whole step, so cutting it into micro-batches gives the same update."""
-    train(rl_config(tuned_model, problems_file, tmp_path / "micro", learner={"groups_per_micro_batch": 4}))
+    train(rl_config(tuned_model, problems_file, tmp_path / "micro", learner={"max_tokens_per_micro_batch": 1}))
     one = [json.loads(line) for line in metric_lines(plain_run)]
     four = [json.loads(line) for line in metric_lines(tmp_path / "micro")]
     for a, b in zip(one, four, strict=True):
