@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv system engine quickstart quickstart-seeds bench-judge test test-slow lint clean
+.PHONY: venv system engine quickstart quickstart-seeds bench-judge bench-learner test test-slow lint clean
 
 venv: $(STAMP)
 
@@ -47,6 +47,9 @@ quickstart-seeds: venv system
 
 bench-judge: venv system
 	$(BIN)/python -m tests.benchmarks.judge
+
+bench-learner: venv
+	$(BIN)/python -m tests.benchmarks.learner
 
 lint: venv
 	$(BIN)/ruff format --check .

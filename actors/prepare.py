@@ -11,6 +11,8 @@ from actors.reward import backend_options
 from diffrl.config import RLConfig, SandboxConfig
 from diffrl.data.sources import problems_of
 from diffrl.errors import ConfigError
+from diffrl.estimators import ESTIMATORS
+from diffrl.models.base import PolicyModel
 from diffrl.models.loading import check_policy, load_policy_tokenizer
 from diffrl.prompts import chat_ids
 from diffrl.run_folder import check_run_folder
@@ -40,7 +42,7 @@ def prepare(config: RLConfig) -> Prepared:
         check_devices(config)
         sandbox, sandbox_reason = choose_sandbox(config.sandbox)
         tokenizer = load_policy_tokenizer(config.model)
-        check_policy(config.model, tokenizer)
+        check_estimator_family(config.method.estimator, check_policy(config.model, tokenizer))
         problems = problems_of(config.data)
         fitting = [p for p in problems if len(chat_ids(tokenizer, p)) <= config.data.max_prompt_tokens]
         if not fitting:
@@ -95,6 +97,15 @@ def check_devices(config: RLConfig) -> None:
         raise ConfigError(
             f"rollout, reference and learner: {needed:g} GPUs are asked for and this machine has "
             f"{torch.cuda.device_count()}; join a cluster (ray.address) or set the gpus keys to 0"
+        )
+
+
+def check_estimator_family(name: str, model: type[PolicyModel]) -> None:
+    """An estimator hides tokens, or not, as the model was trained to see them."""
+    if ESTIMATORS[name].family != model.family:
+        known = sorted(other for other, estimator in ESTIMATORS.items() if estimator.family == model.family)
+        raise ConfigError(
+            f"method.estimator: {name!r} must be one for {model.family} models, as {model.__name__} is: {', '.join(known)}"
         )
 
 

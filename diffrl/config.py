@@ -259,7 +259,7 @@ class LearnerConfig(Section):
     max_tokens_per_micro_batch: Positive = 16_384  # rows of distinct inputs x padded length; at least one group
     recompute: bool = False  # activations of the layers, in the backward pass: less memory, a third more time
     compile: bool = False  # torch.compile of each layer
-    save_every: Positive = 1  # updates; from the last save the group is rebuilt when a rank dies
+    save_every: Positive = 20  # updates; when a rank dies the group is rebuilt from the last save and the batches since
     max_bad_steps: Positive = 4  # optimizer steps in a row with a NaN or infinite loss or gradient; then the run stops
     cpus_per_rank: Annotated[float, Field(ge=0)] = 1.0
     gpus_per_rank: Annotated[float, Field(ge=0)] = 0.0

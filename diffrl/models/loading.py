@@ -12,6 +12,7 @@ from diffrl.data.microcode import microcode_exercises
 from diffrl.data.sft import fenced
 from diffrl.models.base import PolicyModel
 from diffrl.models.folders import check_bidirectional, load_model
+from diffrl.models.llada import LladaModel
 from diffrl.models.lora import add_adapters, target_layers
 from diffrl.models.tiny import load_tokenizer, tiny_model, train_tokenizer
 from diffrl.models.tokens import special_id
@@ -30,9 +31,10 @@ def load_policy_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
         raise ValueError(
             f"model.path: {config.path} holds no tokenizer that can be read; add its tokenizer.json"
         ) from error
-    if tokenizer.mask_token_id is None:  # LLaDA says it in config.json alone
-        file = Path(config.path) / "config.json"
-        named = json.loads(file.read_text()).get("mask_token_id") if file.exists() else None
+    file = Path(config.path) / "config.json"
+    raw = json.loads(file.read_text()) if file.exists() else {}
+    if tokenizer.mask_token_id is None and raw.get("model_type") in LladaModel.model_types:
+        named = raw.get("mask_token_id")  # the released tokenizer does not say it
         if isinstance(named, int) and 0 <= named < len(tokenizer):
             tokenizer.mask_token = tokenizer.convert_ids_to_tokens(named)
     for name, token_id in (("mask", tokenizer.mask_token_id), ("eos", tokenizer.eos_token_id)):
@@ -76,14 +78,14 @@ def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, seed
     return model
 
 
-def check_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Whether `load_policy` will find what it needs, without reading any weights. Raises ValueError."""
-    if config.path is not None:
-        model = load_folder(config, tokenizer, meta=True)
-        if config.lora is not None:
-            target_layers(model, config.lora.targets)
-    elif config.lora is not None:
-        load_policy(config, tokenizer, seed=0)  # tiny
+def check_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> type[PolicyModel]:
+    """Whether `load_policy` will find what it needs, without reading any weights; its family. Raises ValueError."""
+    if config.path is None:
+        return type(load_policy(config, tokenizer, seed=0))  # tiny
+    model = load_folder(config, tokenizer, meta=True)
+    if config.lora is not None:
+        target_layers(model, config.lora.targets)
+    return type(model)
 
 
 def load_folder(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, meta: bool = False) -> PolicyModel:

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from diffrl.config import ModelConfig
-from diffrl.coupled_grpo import ViewOptions
 from diffrl.estimators import ESTIMATORS, draw_views
 from diffrl.models import folders
 from diffrl.models.folders import check_bidirectional, load_model, save_model
@@ -21,6 +20,7 @@ from diffrl.sampler import SamplingParams, sample
 from diffrl.scoring import completion_logprobs
 from diffrl.supervised import SupervisedOptions, packed_rows, train
 from diffrl.types import ScoringBatch
+from diffrl.views import ViewOptions
 from tests.diffrl.llada_peer import llada_logits
 
 MASK_ID = 58
@@ -355,6 +355,21 @@ def test_the_vocabulary_may_be_larger_than_the_tokenizer(tmp_path, tokenizer):
         every_token = torch.arange(size)
         logprobs = model(ids[:1], ids[:1] >= 0, ids[:1] == ids[0, 3], torch.zeros(size, dtype=torch.long), every_token)
     assert logprobs.exp().sum().item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_the_mask_token_that_only_config_json_names(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    del settings["mask_token"]
+    file.write_text(json.dumps(settings))
+    config = ModelConfig(path=str(tmp_path))
+    write_folder(tmp_path, mask_token_id=tokenizer.mask_token_id)
+    found = load_policy_tokenizer(config)
+    assert (found.mask_token, found.mask_token_id) == (tokenizer.mask_token, tokenizer.mask_token_id)
+    write_folder(tmp_path, mask_token_id=len(tokenizer))
+    with pytest.raises(ValueError, match="has no mask token; add `mask_token`"):
+        load_policy_tokenizer(config)
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer(tmp_path, tokenizer):
