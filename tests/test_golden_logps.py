@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffrl.coupled_grpo import coupled_grpo_loss, leave_one_out_advantages
+from diffrl.coupled_grpo import coupled_grpo_loss, leave_one_out_advantages, scale_by_std
 from diffrl.models.base import PolicyModel
 from diffrl.models.folders import load_model, load_state_dict
 from diffrl.models.head import VocabularyHead
@@ -206,10 +206,10 @@ def test_golden_old_and_reference_scores_of_rollouts(case):
         for w, row in zip(case["reward_weights"], case["rewards"], strict=True)
     )
     assert isinstance(rewards, torch.Tensor)
-    group_size = case["num_generations"]
-    got = leave_one_out_advantages(rewards, torch.ones(len(rewards), dtype=torch.bool), group_size)
-    if case["scale_rewards"]:  # an option of the release that the recipe does not use; undone here
-        got = got / (rewards.reshape(-1, group_size).std(1).repeat_interleave(group_size) + 1e-4)
+    group_size, valid = case["num_generations"], torch.ones(len(rewards), dtype=torch.bool)
+    got = leave_one_out_advantages(rewards, valid, group_size)
+    if case["scale_rewards"]:
+        got = scale_by_std(got, rewards, valid, group_size)
     assert torch.allclose(got, torch.tensor(case["advantages"]), atol=TOLERANCE)
     assert torch.allclose(got, data["advantages"], atol=TOLERANCE)
 
@@ -218,9 +218,12 @@ def test_golden_leave_one_out():
     cases_ = golden_json("logps/cases.json")["leave_one_out"]
     assert cases_
     for case in cases_:
-        rewards = torch.tensor(case["rewards"])
-        got = leave_one_out_advantages(rewards, torch.ones(len(rewards), dtype=torch.bool), case["num_generations"])
+        rewards, group_size = torch.tensor(case["rewards"]), case["num_generations"]
+        valid = torch.ones(len(rewards), dtype=torch.bool)
+        got = leave_one_out_advantages(rewards, valid, group_size)
         assert torch.allclose(got, torch.tensor(case["advantages"]), atol=TOLERANCE)
+        scaled = scale_by_std(got, rewards, valid, group_size)
+        assert torch.allclose(scaled, torch.tensor(case["advantages_scaled"]), atol=TOLERANCE)
 
 
 def test_golden_padding_is_what_we_mend():

@@ -1,5 +1,9 @@
 """The vocabulary head, and log-probs through it that never hold all logits at once.
 
+Plain torch on every device. Fused kernels such as Liger's linear cross-entropy compute the gradient in the forward pass,
+from a loss that they know. Here a token's gradient depends on its ratio and KL, which are known when all views of a
+completion have been scored, and one hidden state is asked about several tokens: so logits are computed twice instead.
+
 Shapes: X selected positions, D hidden size, V vocabulary, N scored tokens (several may share a position).
 """
 
@@ -65,10 +69,12 @@ class ChunkedLogprobs(torch.autograd.Function):
         target_N = hidden_XD.new_empty(token_N.shape, dtype=_wide_type(hidden_XD))
         normalizer_X = hidden_XD.new_empty(len(hidden_XD), dtype=target_N.dtype)
         chunks = _chunks(hidden_XD, weight_VD, position_N)
+        buffer_XV = _buffer(chunks, hidden_XD, weight_VD)
         for (start, stop), pairs in chunks:
-            logits_XV = _wide(hidden_XD[start:stop] @ weight_VD.T)
+            logits_XV = _logits(hidden_XD[start:stop], weight_VD, buffer_XV)
             target_N[pairs] = logits_XV[position_N[pairs] - start, token_N[pairs]]
-            normalizer_X[start:stop] = logits_XV.logsumexp(-1)
+            largest_X1 = logits_XV.amax(-1, keepdim=True)
+            normalizer_X[start:stop] = logits_XV.sub_(largest_X1).exp_().sum(-1).log_().add_(largest_X1[:, 0])
         # The parameter itself, not a view of it: ZeRO 3 frees it after the forward pass and gathers it again.
         ctx.save_for_backward(hidden_XD, whole_VD, position_N, token_N, normalizer_X)
         ctx.chunks, ctx.vocab_size = chunks, vocab_size
@@ -85,8 +91,9 @@ class ChunkedLogprobs(torch.autograd.Function):
         # Of many chunks, so summed in float32 whatever the weights are.
         sum_VD = torch.zeros_like(whole_VD, dtype=normalizer_X.dtype) if needs_weight else None
         grad_VD = None if sum_VD is None else sum_VD[: ctx.vocab_size]
+        buffer_XV = _buffer(ctx.chunks, hidden_XD, weight_VD)
         for (start, stop), pairs in ctx.chunks:
-            grad_logits_XV = _wide(hidden_XD[start:stop] @ weight_VD.T)
+            grad_logits_XV = _logits(hidden_XD[start:stop], weight_VD, buffer_XV)
             grad_logits_XV.sub_(normalizer_X[start:stop, None]).exp_().mul_(-sum_X[start:stop, None])
             grad_logits_XV.index_put_((position_N[pairs] - start, token_N[pairs]), grad_N[pairs], accumulate=True)
             grad_logits_XV = grad_logits_XV.to(weight_VD.dtype)
@@ -106,6 +113,19 @@ def _chunks(hidden_XD: Tensor, weight_VD: Tensor, position_N: Tensor) -> list[tu
     edges = [*range(0, len(hidden_XD), rows), len(hidden_XD)]
     cuts = torch.searchsorted(position_N, torch.tensor(edges, device=position_N.device)).tolist()
     return [((edges[i], edges[i + 1]), slice(cuts[i], cuts[i + 1])) for i in range(len(edges) - 1)]
+
+
+def _buffer(chunks: list[tuple[tuple[int, int], slice]], hidden_XD: Tensor, weight_VD: Tensor) -> Tensor:
+    """Where the logits of one chunk after the other are put: fresh memory for each costs as much as the sums."""
+    rows = chunks[0][0][1] if chunks else 0
+    return hidden_XD.new_empty((rows, len(weight_VD)), dtype=_wide_type(hidden_XD))
+
+
+def _logits(hidden_XD: Tensor, weight_VD: Tensor, buffer_XV: Tensor) -> Tensor:
+    out_XV = buffer_XV[: len(hidden_XD)]
+    if out_XV.dtype == hidden_XD.dtype:
+        return torch.mm(hidden_XD, weight_VD.T, out=out_XV)
+    return out_XV.copy_(hidden_XD @ weight_VD.T)
 
 
 def _wide_type(tensor: Tensor) -> torch.dtype:

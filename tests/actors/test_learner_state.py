@@ -181,7 +181,7 @@ def test_ranks_that_keep_dying_end_the_run(ray_cluster, tuned_model, tmp_path):
     ],
 )
 def test_a_saved_state_goes_on(ray_cluster, tuned_model, tmp_path, learner: dict):
-    config = config_of(tuned_model, tmp_path / "first", learner=learner)
+    config = config_of(tuned_model, tmp_path / "first", learner={"save_every": 1, **learner})
     batches = batches_for(config, STEPS)
     tokenizer = load_policy_tokenizer(config.model)
     with running(config, tokenizer) as (group, store):

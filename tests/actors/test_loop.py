@@ -222,6 +222,21 @@ def test_groups_with_equal_rewards_give_way_to_the_next_prompts(ray_cluster, tun
     )
 
 
+def test_a_ratio_for_each_completion(ray_cluster, tuned_model, problems_file, tmp_path):
+    """The other objective, with the estimator that suits it, through the real loop."""
+    method = {"objective": "sequence", "estimator": "monte_carlo", "stratify_t": True, "scale_by_std": True}
+    train(rl_config(tuned_model, problems_file, tmp_path / "run", method=method, train={"steps": 1}))
+    (row,) = [json.loads(line) for line in metric_lines(tmp_path / "run")]
+    assert row["first/ratio_mean"] == pytest.approx(1.0, abs=1e-6) and row["first/kl"] == pytest.approx(0.0, abs=1e-6)
+    assert row["optim/grad_norm"] > 0 and row["loss/ratio_mean"] != 1.0
+    table = read_all(tmp_path / "run" / "rollouts").to_pylist()
+    for ordinal in range(4):
+        group = [r for r in table if r["ordinal"] == ordinal]
+        rewards = torch.tensor([r["reward"] for r in group])
+        expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+        assert [r["advantage"] for r in group] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
 def test_evaluation_keeps_the_best_model_and_patience_ends_the_run(ray_cluster, tuned_model, problems_file, tmp_path):
     config = rl_config(
         tuned_model,
