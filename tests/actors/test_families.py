@@ -97,6 +97,7 @@ def test_llada_runs(ray_cluster, tuned_llada: Path, problems_file: Path, tmp_pat
     assert max(token for ids in completions(tmp_path / "run") for token in ids) < len(tokenizer)
 
 
+@pytest.mark.slow
 def test_llada_with_adapters_runs(ray_cluster, tuned_llada: Path, problems_file: Path, tmp_path: Path):
     config = rl_config(
         tuned_llada, problems_file, tmp_path / "run", model={"lora": {**LORA, "publish": "adapter"}}, optim={"lr": 3e-3}
@@ -163,6 +164,7 @@ def test_both_ways_of_publishing_give_equal_rollouts(lora_runs: dict[str, Path])
         assert (merged / name).read_bytes() == (adapter / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_lost_workers_get_base_and_adapters_again(lora_runs: dict[str, Path], tuned_model, problems_file, tmp_path):
     config = lora_config(tuned_model, problems_file, tmp_path / "lost", "adapter", rollout={"num_workers": 2})
     run = run_with(Interrupted, config)
@@ -170,6 +172,7 @@ def test_lost_workers_get_base_and_adapters_again(lora_runs: dict[str, Path], tu
     assert metric_lines(tmp_path / "lost") == metric_lines(lora_runs["adapter"])
 
 
+@pytest.mark.slow
 def test_two_learner_ranks_train_the_same_adapters(lora_runs: dict[str, Path], tuned_model, problems_file, tmp_path):
     learner = {"num_ranks": 2, "zero_stage": 1}
     train(lora_config(tuned_model, problems_file, tmp_path / "ranks", "adapter", learner=learner))
