@@ -63,7 +63,7 @@ class Case:
     @property
     def title(self) -> str:
         kind = "forward + backward" if self.what == "step" else "whole update"
-        return f"{self.size} {self.vocab_size >> 10}k {self.dtype}, {kind}, G = {self.group_size}"
+        return f"{self.size} {self.vocab_size // 1000}k {self.dtype}, {kind}, G = {self.group_size}"
 
 
 CPU_CASES = (
