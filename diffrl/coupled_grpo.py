@@ -115,12 +115,9 @@ def coupled_grpo_loss(
     def kept(x_BC: Tensor) -> Tensor:
         return x_BC.masked_fill(~loss_mask_BC, 0.0)
 
-    advantages_B1 = advantages_B.detach()[:, None]
-    ratio_BC = torch.exp(kept(logprobs_BC - old_logprobs_BC.detach()))
-    clipped_BC = ratio_BC.clamp(1 - clip_low, 1 + clip_high)
-    policy_BC = -torch.minimum(ratio_BC * advantages_B1, clipped_BC * advantages_B1)
+    log_ratio_BC = kept(logprobs_BC - old_logprobs_BC.detach())
     if ref_logprobs_BC is None:
-        kl_BC = torch.zeros_like(policy_BC)
+        kl_BC = torch.zeros_like(log_ratio_BC)
     else:  # k3 of Schulman, "Approximating KL divergence" (2020): exp(d) - d - 1 with d = ref - new
         delta_BC = kept(ref_logprobs_BC.detach() - logprobs_BC)
         kl_BC = torch.exp(delta_BC) - delta_BC - 1
@@ -128,15 +125,33 @@ def coupled_grpo_loss(
     def mean(x_BC: Tensor) -> Tensor:
         return kept(x_BC).sum() / num_loss_tokens
 
-    policy, kl = mean(policy_BC), mean(kl_BC)
-    loss = policy + kl_coef * kl
+    clip = {"clip_low": clip_low, "clip_high": clip_high}
+    return clipped_surrogate(log_ratio_BC, kl_BC, advantages_B.detach()[:, None], mean, kl_coef=kl_coef, **clip)
+
+
+def clipped_surrogate(
+    log_ratio: Tensor,
+    kl: Tensor,
+    advantages: Tensor,
+    mean: Callable[[Tensor], Tensor],
+    *,
+    clip_low: float,
+    clip_high: float,
+    kl_coef: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean of -min(ratio * advantage, clipped ratio * advantage) + kl_coef * KL, and what is reported of it; of tokens or
+    of whole completions, whatever `mean` takes."""
+    ratio = torch.exp(log_ratio)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    policy, penalty = mean(-torch.minimum(ratio * advantages, clipped * advantages)), mean(kl)
+    loss = policy + kl_coef * penalty
     with torch.no_grad():
         metrics = {
             "loss/total": loss.detach(),
             "loss/policy": policy.detach(),
-            "loss/kl": kl.detach(),
-            "loss/ratio_mean": mean(ratio_BC),
-            "loss/clip_low_frac": mean(((ratio_BC < 1 - clip_low) & (advantages_B1 < 0)).float()),
-            "loss/clip_high_frac": mean(((ratio_BC > 1 + clip_high) & (advantages_B1 > 0)).float()),
+            "loss/kl": penalty.detach(),
+            "loss/ratio_mean": mean(ratio),
+            "loss/clip_low_frac": mean(((ratio < 1 - clip_low) & (advantages < 0)).float()),
+            "loss/clip_high_frac": mean(((ratio > 1 + clip_high) & (advantages > 0)).float()),
         }
     return loss, metrics

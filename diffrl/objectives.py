@@ -7,12 +7,12 @@ Shapes: B rollouts, C completion tokens.
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from diffrl.coupled_grpo import coupled_grpo_loss
+from diffrl.coupled_grpo import clipped_surrogate, coupled_grpo_loss
 
 
 class ObjectiveFn(Protocol):
@@ -34,29 +34,9 @@ class ObjectiveFn(Protocol):
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
-def token_objective(
-    logprobs_BC: Tensor,
-    old_logprobs_BC: Tensor,
-    ref_logprobs_BC: Tensor | None,
-    advantages_B: Tensor,
-    loss_mask_BC: Tensor,
-    *,
-    num_loss_tokens: int,
-    num_loss_rows: int,
-    **options: float,
-) -> tuple[Tensor, dict[str, Tensor]]:
+def token_objective(*scores: Any, num_loss_rows: int, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 4 of DiffuCoder: a ratio for every token, the mean over tokens."""
-    return coupled_grpo_loss(
-        logprobs_BC,
-        old_logprobs_BC,
-        ref_logprobs_BC,
-        advantages_B,
-        loss_mask_BC,
-        num_loss_tokens=num_loss_tokens,
-        clip_low=options["clip_low"],
-        clip_high=options["clip_high"],
-        kl_coef=options["kl_coef"],
-    )
+    return coupled_grpo_loss(*scores, **options)
 
 
 def sequence_objective(
@@ -86,29 +66,16 @@ def sequence_objective(
 
     length_B = loss_mask_BC.sum(1)
     used_B, length_B = length_B > 0, length_B.clamp(min=1)
-    advantages_B = advantages_B.detach()
-    ratio_B = torch.exp(total(logprobs_BC - old_logprobs_BC.detach()) / length_B)
-    clipped_B = ratio_B.clamp(1 - clip_low, 1 + clip_high)
-    policy_B = -torch.minimum(ratio_B * advantages_B, clipped_B * advantages_B)
-    kl_B = torch.zeros_like(policy_B)
+    log_ratio_B = total(logprobs_BC - old_logprobs_BC.detach()) / length_B
+    kl_B = torch.zeros_like(log_ratio_B)
     if ref_logprobs_BC is not None:
         kl_B = total(logprobs_BC - ref_logprobs_BC.detach()) ** 2 / (2 * length_B)
 
     def mean(x_B: Tensor) -> Tensor:
         return x_B.masked_fill(~used_B, 0.0).sum() / num_loss_rows
 
-    policy, kl = mean(policy_B), mean(kl_B)
-    loss = policy + kl_coef * kl
-    with torch.no_grad():
-        metrics = {
-            "loss/total": loss.detach(),
-            "loss/policy": policy.detach(),
-            "loss/kl": kl.detach(),
-            "loss/ratio_mean": mean(ratio_B),
-            "loss/clip_low_frac": mean(((ratio_B < 1 - clip_low) & (advantages_B < 0)).float()),
-            "loss/clip_high_frac": mean(((ratio_B > 1 + clip_high) & (advantages_B > 0)).float()),
-        }
-    return loss, metrics
+    clip = {"clip_low": clip_low, "clip_high": clip_high}
+    return clipped_surrogate(log_ratio_B, kl_B, advantages_B.detach(), mean, kl_coef=kl_coef, **clip)
 
 
 OBJECTIVES: Mapping[str, ObjectiveFn] = {"token": token_objective, "sequence": sequence_objective}

@@ -6,6 +6,7 @@ and whether its hidden states are shifted. Its weights run in transformers' own 
 Shapes: B rows, L positions, D hidden size, V vocabulary, X selected positions, N scored tokens.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
@@ -19,7 +20,7 @@ Backbone = Qwen2ForCausalLM | LlamaForCausalLM
 BackboneConfig = Qwen2Config | LlamaConfig
 
 
-class PolicyModel(nn.Module):
+class PolicyModel(nn.Module, ABC):
     """Logits at position i are about token i, given the whole noised row.
 
     `num_tokens` is the tokenizer's size where the vocabulary may be larger: embeddings from there on are padding.
@@ -72,14 +73,14 @@ class PolicyModel(nn.Module):
             return cls.backbone_class(cast(Any, config))
 
     @staticmethod
+    @abstractmethod
     def stock_config(hf_config: dict) -> BackboneConfig:
         """The stock config behind the family's config.json. Raises ValueError for what is not supported."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def config_dict(config: Any, mask_token_id: int) -> dict:
         """A config.json in the family's own keys."""
-        raise NotImplementedError
 
     @staticmethod
     def own_name(stock: str) -> str:
