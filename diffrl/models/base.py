@@ -3,7 +3,8 @@
 A family is a subclass of a few lines: how its config.json and its tensor names translate to those of the stock backbone,
 and whether its hidden states are shifted. Its weights run in transformers' own implementation, never in remote code.
 
-Shapes: B rows, L positions, D hidden size, V vocabulary, X selected positions, N scored tokens.
+Shapes: B rows, L positions, D hidden size, V vocabulary, X selected positions, N scored tokens; in a layer N heads
+of size H, and Q the most positions that are selected in one row.
 """
 
 from abc import ABC, abstractmethod
@@ -126,28 +127,108 @@ class PolicyModel(nn.Module, ABC):
         is [N], the log-probs of those tokens at the selected positions of index `position_N`, among the `num_tokens`
         that exist; see VocabularyHead.
         """
-        hidden_BLD = self.hidden_states(ids_BL, attention_mask_BL)
-        selected = hidden_BLD if select_BL is None else hidden_BLD[select_BL]
+        if select_BL is None:
+            selected = self.hidden_states(ids_BL, attention_mask_BL)
+        else:
+            selected = self.selected_states(ids_BL, attention_mask_BL, select_BL)
         if token_N is not None:
             head_options = {"vocab_size": self.num_tokens, **head_options}
         return self.backbone.lm_head(selected, position_N, token_N, **head_options)
 
+    def logits(self, states_XD: Tensor) -> Tensor:
+        """The vocabulary head on (some of) `selected_states`: [X, V]."""
+        return self.backbone.lm_head(states_XD)
+
     def hidden_states(self, ids_BL: Tensor, attention_mask_BL: Tensor, attend_BLL: Tensor | None = None) -> Tensor:
         """Last hidden states; row i belongs to token i. `attend_BLL` (bool) replaces full attention."""
-        mask_BL = attention_mask_BL.bool()
-        positions_BL = (mask_BL.long().cumsum(-1) - 1).masked_fill(~mask_BL, 1)
-        if attend_BLL is None and bool(mask_BL.all()):
-            attend_B1LL = None  # kernels of full attention are faster than those that look at a mask
-        else:
-            if attend_BLL is None:
-                attend_BLL = mask_BL[:, :, None] & mask_BL[:, None, :]
-            # A padding row that attends to nothing would be NaN; let it see itself, nobody looks at it.
-            eye_LL = torch.eye(ids_BL.shape[1], dtype=torch.bool, device=ids_BL.device)
-            attend_B1LL = (attend_BLL | eye_LL)[:, None]
+        positions_BL, attend_BLL = attention(attention_mask_BL, attend_BLL)
         hidden_BLD = self.backbone.model(
-            input_ids=ids_BL, attention_mask=attend_B1LL, position_ids=positions_BL, use_cache=False
+            input_ids=ids_BL,
+            attention_mask=None if attend_BLL is None else attend_BLL[:, None],
+            position_ids=positions_BL,
+            use_cache=False,
         ).last_hidden_state
         return torch.cat([hidden_BLD[:, :1], hidden_BLD[:, :-1]], dim=1) if self.shifted else hidden_BLD
+
+    def selected_states(self, ids_BL: Tensor, attention_mask_BL: Tensor, select_BL: Tensor) -> Tensor:
+        """`hidden_states(...)[select_BL]`, [X, D], by less work: nothing looks at other positions of the last layer, so
+        it computes keys and values for all, and queries, attention and MLP for the selected ones alone."""
+        positions_BL, attend_BLL = attention(attention_mask_BL, None)
+        body: Any = self.backbone.model
+        hidden_BLD = body.embed_tokens(ids_BL)
+        rotary = body.rotary_emb(hidden_BLD, positions_BL)
+        *layers, last = body.layers
+        for layer in layers:
+            hidden_BLD = layer(
+                hidden_BLD,
+                attention_mask=None if attend_BLL is None else attend_BLL[:, None],
+                position_ids=positions_BL,
+                position_embeddings=rotary,
+            )
+        row_X, column_X = select_BL.nonzero(as_tuple=True)
+        if self.shifted:
+            column_X = (column_X - 1).clamp(min=0)
+        return body.norm(layer_at(last, hidden_BLD, attend_BLL, rotary, row_X, column_X))
+
+
+def attention(attention_mask_BL: Tensor, attend_BLL: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(positions_BL, attend_BLL): positions count what is not padding; None where everything attends to everything, for
+    kernels of full attention are faster than those that look at a mask."""
+    mask_BL = attention_mask_BL.bool()
+    positions_BL = (mask_BL.long().cumsum(-1) - 1).masked_fill(~mask_BL, 1)
+    if attend_BLL is None:
+        if bool(mask_BL.all()):
+            return positions_BL, None
+        attend_BLL = mask_BL[:, :, None] & mask_BL[:, None, :]
+    # A padding row that attends to nothing would be NaN; let it see itself, nobody looks at it.
+    return positions_BL, attend_BLL | torch.eye(mask_BL.shape[1], dtype=torch.bool, device=mask_BL.device)
+
+
+def layer_at(
+    layer: Any,
+    hidden_BLD: Tensor,
+    attend_BLL: Tensor | None,
+    rotary: tuple[Tensor, Tensor],
+    row_X: Tensor,
+    column_X: Tensor,
+) -> Tensor:
+    """A stock decoder layer's output [X, D] at positions (row_X, column_X), in row-major order.
+
+    Rows have different numbers of them: their queries lie at the front of [B, Q], and nobody reads what is behind.
+    """
+    attn, (cos_BLH, sin_BLH) = layer.self_attn, rotary
+    batch, length, _ = hidden_BLD.shape
+    count_B = torch.bincount(row_X, minlength=batch)
+    slot_X = torch.arange(len(row_X), device=row_X.device) - (count_B.cumsum(0) - count_B)[row_X]
+    width = max(int(count_B.max()), 1)
+    normed_BLD = layer.input_layernorm(hidden_BLD)
+    query_XNH = attn.q_proj(normed_BLD[row_X, column_X]).unflatten(-1, (-1, attn.head_dim))
+    key_BNLH = attn.k_proj(normed_BLD).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
+    value_BNLH = attn.v_proj(normed_BLD).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
+    query_XNH = rotate(query_XNH, cos_BLH[row_X, column_X, None], sin_BLH[row_X, column_X, None])
+    key_BNLH = rotate(key_BNLH, cos_BLH[:, None], sin_BLH[:, None])
+    query_BQNH = query_XNH.new_zeros(batch, width, *query_XNH.shape[1:]).index_put((row_X, slot_X), query_XNH)
+    attend_B1QL = None
+    if attend_BLL is not None:
+        attend_B1QL = attend_BLL.new_ones(batch, 1, width, length)
+        attend_B1QL[row_X, 0, slot_X] = attend_BLL[row_X, column_X]
+    seen_BNQH = nn.functional.scaled_dot_product_attention(
+        query_BQNH.transpose(1, 2),
+        key_BNLH.repeat_interleave(attn.num_key_value_groups, 1),
+        value_BNLH.repeat_interleave(attn.num_key_value_groups, 1),
+        attend_B1QL,
+        dropout_p=attn.attention_dropout if attn.training else 0.0,
+        scale=attn.scaling,
+    )
+    seen_XD = seen_BNQH.transpose(1, 2)[row_X, slot_X].flatten(1)
+    hidden_XD = hidden_BLD[row_X, column_X] + attn.o_proj(seen_XD)
+    return hidden_XD + layer.mlp(layer.post_attention_layernorm(hidden_XD))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (arXiv:2104.09864, eq. 34), with transformers' order of the halves."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
 
 
 def restore_rotary(backbone: Backbone) -> None:

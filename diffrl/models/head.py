@@ -2,7 +2,8 @@
 
 Plain torch on every device. Fused kernels such as Liger's linear cross-entropy compute the gradient in the forward pass,
 from a loss that they know. Here a token's gradient depends on its ratio and KL, which are known when all views of a
-completion have been scored, and one hidden state is asked about several tokens: so logits are computed twice instead.
+completion have been scored, and one hidden state is asked about several tokens: so logits are computed twice instead,
+but for a fixed small amount that is kept.
 
 Shapes: X selected positions, D hidden size, V vocabulary, N scored tokens (several may share a position).
 """
@@ -15,6 +16,9 @@ from torch.autograd.function import once_differentiable
 
 # Logits alive at once: 64 MB in float32. On a GPU larger pieces keep it busy: 1 GB.
 CHUNK_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28}
+# Exponentials that the forward pass keeps for the backward pass: 256 MB in float32, whatever the batch. On a GPU, where
+# the head is a smaller part of the work and memory is dearer: none.
+KEPT_LOGITS = {"cpu": 1 << 26, "cuda": 0}
 
 
 class VocabularyHead(nn.Linear):
@@ -66,24 +70,30 @@ class ChunkedLogprobs(torch.autograd.Function):
         ctx: Any, hidden_XD: Tensor, whole_VD: Tensor, position_N: Tensor, token_N: Tensor, vocab_size: int | None
     ) -> Tensor:
         weight_VD = whole_VD[:vocab_size]
-        target_N = hidden_XD.new_empty(token_N.shape, dtype=_wide_type(hidden_XD))
+        room = KEPT_LOGITS[hidden_XD.device.type] if any(ctx.needs_input_grad) else 0
+        kept, target_N = [], hidden_XD.new_empty(token_N.shape, dtype=_wide_type(hidden_XD))
         normalizer_X = hidden_XD.new_empty(len(hidden_XD), dtype=target_N.dtype)
         chunks = _chunks(hidden_XD, weight_VD, position_N)
         buffer_XV = _buffer(chunks, hidden_XD, weight_VD)
         for (start, stop), pairs in chunks:
-            logits_XV = _logits(hidden_XD[start:stop], weight_VD, buffer_XV)
+            room -= (stop - start) * len(weight_VD)
+            out_XV = torch.empty_like(buffer_XV) if room >= 0 else buffer_XV
+            logits_XV = _logits(hidden_XD[start:stop], weight_VD, out_XV)
             target_N[pairs] = logits_XV[position_N[pairs] - start, token_N[pairs]]
             largest_X1 = logits_XV.amax(-1, keepdim=True)
-            normalizer_X[start:stop] = logits_XV.sub_(largest_X1).exp_().sum(-1).log_().add_(largest_X1[:, 0])
+            sum_X = logits_XV.sub_(largest_X1).exp_().sum(-1)
+            normalizer_X[start:stop] = sum_X.log().add_(largest_X1[:, 0])
+            if room >= 0:
+                kept += [logits_XV, sum_X]
         # The parameter itself, not a view of it: ZeRO 3 frees it after the forward pass and gathers it again.
-        ctx.save_for_backward(hidden_XD, whole_VD, position_N, token_N, normalizer_X)
+        ctx.save_for_backward(hidden_XD, whole_VD, position_N, token_N, normalizer_X, *kept)
         ctx.chunks, ctx.vocab_size = chunks, vocab_size
         return target_N - normalizer_X[position_N]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden_XD, whole_VD, position_N, token_N, normalizer_X = ctx.saved_tensors
+        hidden_XD, whole_VD, position_N, token_N, normalizer_X, *kept = ctx.saved_tensors
         weight_VD = whole_VD[: ctx.vocab_size]
         sum_X = torch.zeros_like(normalizer_X).index_add_(0, position_N, grad_N)
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
@@ -92,9 +102,13 @@ class ChunkedLogprobs(torch.autograd.Function):
         sum_VD = torch.zeros_like(whole_VD, dtype=normalizer_X.dtype) if needs_weight else None
         grad_VD = None if sum_VD is None else sum_VD[: ctx.vocab_size]
         buffer_XV = _buffer(ctx.chunks, hidden_XD, weight_VD)
-        for (start, stop), pairs in ctx.chunks:
-            grad_logits_XV = _logits(hidden_XD[start:stop], weight_VD, buffer_XV)
-            grad_logits_XV.sub_(normalizer_X[start:stop, None]).exp_().mul_(-sum_X[start:stop, None])
+        for number, ((start, stop), pairs) in enumerate(ctx.chunks):
+            if 2 * number < len(kept):
+                exp_XV, total_X = kept[2 * number : 2 * number + 2]
+                grad_logits_XV = torch.mul(exp_XV, (-sum_X[start:stop] / total_X)[:, None], out=buffer_XV[: stop - start])
+            else:
+                grad_logits_XV = _logits(hidden_XD[start:stop], weight_VD, buffer_XV)
+                grad_logits_XV.sub_(normalizer_X[start:stop, None]).exp_().mul_(-sum_X[start:stop, None])
             grad_logits_XV.index_put_((position_N[pairs] - start, token_N[pairs]), grad_N[pairs], accumulate=True)
             grad_logits_XV = grad_logits_XV.to(weight_VD.dtype)
             if grad_XD is not None:

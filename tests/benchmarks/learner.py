@@ -1,7 +1,7 @@
 """`make bench-learner`: what scoring and a whole update cost, beside the way of the released code.
 
 The peer is a transcription of the release's scoring (apple/ml-diffucoder f735e01): the three views of every row
-concatenated, logits of all positions, log-softmax of all of them, then the completion's tokens. Its old scores are
+concatenated, logits of all positions, then row by row the log-softmax of its three views' completions. Its old scores are
 computed for both inner iterations, and it works on 5 of the 10 completions at a time, as the release's batch does. Ours
 is diffrl.scoring on whole groups. Same stock Qwen2 with random weights, same data without padding, same loss, same
 threads and allocator settings; the sides alternate in one process, and each one's log-probs and gradients are compared.
@@ -128,8 +128,12 @@ def peer_logprobs(model: DreamModel, batch: ScoringBatch, views: MaskViews) -> T
     attention: Any = {"full_attention": None}  # the release passes no mask: plain full attention
     logits = model.backbone(input_ids=ids, attention_mask=attention, use_cache=False).logits
     logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)[:, -COMPLETION:]
-    logprobs = logits.log_softmax(-1).gather(-1, targets_BC.repeat(len(noised), 1)[..., None]).squeeze(-1)
-    return (views.weight_SBC * views.hidden_SBC * logprobs.reshape(views.hidden_SBC.shape)).sum(0)
+    rows = []
+    for row, targets_C in enumerate(targets_BC):
+        index_S = torch.arange(len(noised), device=ids.device) * len(targets_BC) + row
+        logprobs_SCV = logits[index_S].log_softmax(-1)
+        rows.append(logprobs_SCV.gather(-1, targets_C.expand(len(noised), -1)[..., None]).squeeze(-1))
+    return (views.weight_SBC * views.hidden_SBC * torch.stack(rows, 1)).sum(0)
 
 
 def our_logprobs(model: DreamModel, batch: ScoringBatch, views: MaskViews) -> Tensor:

@@ -105,9 +105,10 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-10) -> bool:
     estimator=st.sampled_from(DIFFUSION),
     share_masks=st.booleans(),
     chunk=st.sampled_from([1, 64, 200, 1 << 24]),
+    kept=st.sampled_from([0, 300, 1 << 24]),
     seed=st.integers(0, 1000),
 )
-def test_levers_change_nothing(model, pads, group_size, completion, lengths, estimator, share_masks, chunk, seed):
+def test_levers_change_nothing(model, pads, group_size, completion, lengths, estimator, share_masks, chunk, kept, seed):
     batch = random_batch(
         pads,
         group_size=group_size,
@@ -122,6 +123,7 @@ def test_levers_change_nothing(model, pads, group_size, completion, lengths, est
     expected = gradient(model, plain)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(head.CHUNK_LOGITS, "cpu", chunk)
+        patch.setitem(head.KEPT_LOGITS, "cpu", kept)
         for levers in ({"share": False}, {"chunked": False}, {}):
             lean = score(model, batch, **levers)
             assert lean.dtype == torch.float64 and close(lean.detach(), plain.detach()), levers
@@ -146,6 +148,20 @@ def test_groups_may_be_cut_into_any_micro_batches(model, pads, group_size, cut, 
     assert close(gradient(model, *pieces, seed=seed), expected)
     back = concat_batches(parts)
     assert close(score(model, back).detach(), whole.detach())
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(pads=st.lists(st.integers(0, 7), min_size=1, max_size=4), share=st.floats(0, 1), seed=st.integers(0, 1000))
+def test_the_last_layer_at_selected_positions_is_the_whole_one_there(model, pads, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(8) >= torch.tensor(pads)[:, None]
+    ids = torch.randint(60, mask.shape, generator=generator)
+    select = mask & (torch.rand(mask.shape, generator=generator) < share)
+    whole = model(ids, mask)[select]
+    lean = model(ids, mask, select)
+    assert close(lean.detach(), whole.detach())
+    if len(whole):
+        assert close(gradient(model, lean), gradient(model, whole))
 
 
 def test_a_row_is_the_same_alone_padded_and_in_any_company(model):
