@@ -9,6 +9,7 @@ cases ours is compared up to the step where the peer first does so, and must be 
 """
 
 import re
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,18 +17,9 @@ from torch import Tensor
 
 from diffrl.models.base import PolicyModel
 from diffrl.models.folders import load_model
-from diffrl.sampler import (
-    Noise,
-    RowNoise,
-    SampleResult,
-    SamplingParams,
-    confidences,
-    draw_tokens,
-    filtered_distributions,
-    probability_of,
-    reveal_counts,
-    sample,
-)
+from diffrl.sampler import Noise, SampleResult, SamplingParams, sample
+from diffrl.sampler.filters import confidences, draw_tokens, filtered_distributions, probability_of
+from diffrl.sampler.params import reveal_counts
 from tests.golden_files import golden_file, golden_json, golden_tensors
 
 TOLERANCE = 1e-5
@@ -39,8 +31,11 @@ class PeerNoise:
     def __init__(self, seed: int):
         self.generator = torch.Generator().manual_seed(seed)
 
-    def uniform(self, where_BC: Tensor) -> Tensor:
-        return torch.rand(int(where_BC.sum()), generator=self.generator)
+    def uniform(self, seeds: Sequence[int], tickets: Sequence[int], where_RW: Tensor) -> Tensor:
+        draws = torch.rand(int(where_RW.sum()), generator=self.generator)
+        counts = where_RW.sum(1)[torch.tensor(tickets).argsort()].tolist()  # the peer's rows stand as they were given
+        by_ticket = dict(zip(sorted(tickets), draws.split(counts), strict=True))
+        return torch.cat([by_ticket[ticket] for ticket in tickets])
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +105,7 @@ def assert_complete(result: SampleResult, mask_token_id: int, params: SamplingPa
     if params.algorithm != "origin":
         counts = reveal_counts(num_tokens, params.steps, params.eps)
         for steps_C in result.step_map_BC:
-            assert torch.bincount(steps_C, minlength=params.steps).tolist() == counts
+            assert torch.bincount(steps_C, minlength=params.steps).tolist() == list(counts)
     assert result.step_map_BC.shape == (batch, num_tokens)
 
 
@@ -141,7 +136,7 @@ def test_golden_schedule():
     assert cases
     for case in cases:
         counts = reveal_counts(case["new_tokens"], case["steps"], case["eps"])
-        assert counts == case["transfers"], case
+        assert list(counts) == case["transfers"], case
         assert sum(counts) == case["new_tokens"] - case["left"]
         assert counts.count(0) == case["zero_steps"]
 
@@ -258,8 +253,7 @@ def test_golden_sample_tokens_confidences_and_tokens():
         if kind == "tok" and params.temperature > 0:
             continue  # drawn by the peer's stream; used below, for their confidence
         everything = torch.ones(logits.shape[1], dtype=torch.bool)
-        where = torch.ones(1, len(logits), dtype=torch.bool)
-        tokens, confidence = draw_tokens(logits, RowNoise([0]), where, everything, params)
+        tokens, confidence = draw_tokens(logits, torch.zeros(len(logits)), everything, params)
         if kind == "tok":
             assert torch.equal(tokens, wanted), name
         elif algorithm != "maskgit_plus":

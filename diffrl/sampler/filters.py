@@ -1,37 +1,14 @@
-"""The denoising loop: start from all [MASK]; at each step, choose positions to reveal and tokens for them.
+"""From logits to confidences and tokens: temperature, top_p, top_k, and draws from what they leave.
 
-This is Dream's `diffusion_generate`, exact: schedule, filters and confidences are the release's, in fewer
-operations. Only hidden positions go through the vocabulary head; a step that reveals nothing makes no forward
-pass; a token is drawn only where it is needed (`entropy`, `topk_margin` and `origin` choose positions without
-looking at one, so they draw at the revealed positions alone); top_k and top_p look at the sorted head of the
-vocabulary.
-
-Departures from the release:
-- [MASK], `banned_ids` and ids from `vocab_size` on are never drawn, so no row falls out of step and every row
-  is complete at the end. They are left out of the draw only: filters and confidences are those of the model's
-  own distribution, by which the release ranks positions. Where the filters leave nothing else, the most
-  probable allowed token is taken.
-- Only completion positions are denoised; a [MASK] inside a prompt stays what it is.
-- Random numbers come from one stream per row, seeded by the caller: a row's tokens do not depend on its batch
-  mates (beyond the rounding of matrix products of another shape).
-- Filters and confidences are computed in float32 whatever the model's dtype.
-
-The release's schedule is kept: with as many steps as tokens it reveals none at the first, two at the last.
-
-Shapes: B rows, P prompt, C completion, L = P + C, V vocabulary, N hidden positions of the batch (row-major),
-R of them revealed now, n some rows of an N or R, K candidates kept for a position, most probable first.
+Shapes: N positions, V vocabulary, n some rows of an N, K candidates kept for a position, most probable first.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
+from diffrl.sampler.params import SamplingParams
 
 # Elements of [n, V] that are filtered at a time, which bounds the temporaries.
 CHUNK_ELEMENTS = 1 << 20
@@ -41,174 +18,11 @@ TIE_ROOM = 8
 NUCLEUS_ROOM = 512
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How to denoise. Raises ValueError on values outside their range.
-
-    SamplingParams(algorithm="entropy", steps=256, temperature=1.2, top_p=0.95, top_k=50)
-    """
-
-    algorithm: Algorithm = "entropy"  # how positions are chosen
-    steps: int
-    temperature: float  # 0: the most probable token
-    top_p: float | None
-    top_k: int | None
-    alg_temp: float = 0.0  # above 0: positions drawn from softmax(confidence / alg_temp)
-    eps: float = 1e-3  # the last timestep
-
-    def __post_init__(self) -> None:
-        checks = {
-            "algorithm": (self.algorithm in get_args(Algorithm), f"one of {', '.join(get_args(Algorithm))}"),
-            "steps": (self.steps >= 1, "at least 1"),
-            "temperature": (self.temperature >= 0, "at least 0"),
-            "top_p": (self.top_p is None or 0 < self.top_p <= 1, "null or in (0, 1]"),
-            "top_k": (self.top_k is None or self.top_k >= 1, "null or at least 1"),
-            "alg_temp": (self.alg_temp >= 0, "at least 0"),
-            "eps": (0 < self.eps < 1, "in (0, 1)"),
-        }
-        for name, (good, wanted) in checks.items():
-            if not good:
-                raise ValueError(f"sampling.{name}: {getattr(self, name)!r} must be {wanted}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleResult:
-    """SampleResult(completion_ids_BC=tensor([[412, 9, ...], ...]), step_map_BC=tensor([[4, 0, ...], ...]))"""
-
-    completion_ids_BC: Tensor  # int64, the whole window, no [MASK] left
-    step_map_BC: Tensor  # int64, the denoising step (from 0) at which each position was revealed
-
-
-class Denoiser(Protocol):
-    """What the loop needs of a model; `diffrl.models.base.PolicyModel.forward` states the contract."""
-
-    @property
-    def mask_token_id(self) -> int: ...
-
-    def __call__(self, ids_BL: Tensor, attention_mask_BL: Tensor, select_BL: Tensor) -> Tensor: ...
-
-
-class Noise(Protocol):
-    """A source of uniform numbers in [0, 1)."""
-
-    def uniform(self, where_BC: Tensor) -> Tensor:
-        """One number for every True position, in row-major order."""
-        ...
-
-
-class RowNoise:
-    """One stream per row: what a row gets depends on its seed and on its own earlier requests alone."""
-
-    def __init__(self, seeds: Sequence[int]):
-        # numpy, since torch's CPU generator looks at the low 32 bits of a seed only.
-        self.generators = [np.random.Generator(np.random.Philox(seed & (1 << 64) - 1)) for seed in seeds]
-
-    def uniform(self, where_BC: Tensor) -> Tensor:
-        counts = where_BC.sum(1).tolist()
-        draws = [generator.random(n) for generator, n in zip(self.generators, counts, strict=True)]
-        return torch.from_numpy(np.concatenate(draws)).to(where_BC.device)
-
-
-def reveal_fractions(steps: int, eps: float) -> Tensor:
-    """Share of the hidden positions that each step reveals: 1 - s/t in float32; 1 at the last step."""
-    timesteps = torch.linspace(1, eps, steps + 1)
-    fractions = 1 - timesteps[1:] / timesteps[:-1]
-    fractions[-1] = 1
-    return fractions
-
-
-def reveal_counts(num_tokens: int, steps: int, eps: float) -> list[int]:
-    """Positions of a row that each step reveals: floor(hidden * (1 - s/t)) in float32; at the last, all."""
-    hidden, counts = num_tokens, []
-    for fraction in reveal_fractions(steps, eps):
-        counts.append(int(torch.tensor(float(hidden)) * fraction))
-        hidden -= counts[-1]
-    return counts
-
-
-@torch.no_grad()
-def sample(
-    model: Denoiser,
-    prompt_ids_BP: Tensor,
-    prompt_mask_BP: Tensor,
-    *,
-    num_tokens: int,
-    params: SamplingParams,
-    seeds: Sequence[int],
-    banned_ids: Sequence[int] = (),
-    vocab_size: int | None = None,
-    noise: Noise | None = None,
-) -> SampleResult:
-    """Fill a window of `num_tokens` positions after every (left-padded) prompt.
-
-    `seeds` holds one number per row. `vocab_size` is the tokenizer's size where the model's vocabulary is
-    padded beyond it. `noise` replaces the rows' own random streams, to replay another implementation's.
-    """
-    batch, prompt_length = prompt_ids_BP.shape
-    device = prompt_ids_BP.device
-    if num_tokens < 1:
-        raise ValueError(f"num_tokens: {num_tokens} must be at least 1")
-    if len(seeds) != batch:
-        raise ValueError(f"seeds: {len(seeds)} given for {batch} rows")
-    noise = RowNoise(seeds) if noise is None else noise
-    ids_BL = F.pad(prompt_ids_BP.long(), (0, num_tokens), value=model.mask_token_id)
-    attention_mask_BL = F.pad(prompt_mask_BP.bool(), (0, num_tokens), value=True)
-    select_BL = torch.zeros_like(attention_mask_BL)
-    ids_BC, select_BC = ids_BL[:, prompt_length:], select_BL[:, prompt_length:]  # views
-    hidden_BC = torch.ones_like(select_BC)
-    step_map_BC = torch.zeros_like(ids_BC)
-    fractions = reveal_fractions(params.steps, params.eps).tolist()
-    counts = reveal_counts(num_tokens, params.steps, params.eps)
-    never = (model.mask_token_id, *banned_ids)
-    allowed_V: Tensor | None = None
-
-    for step in range(params.steps):
-        select_BC.copy_(hidden_BC)
-        if params.algorithm == "origin":
-            select_BC[hidden_BC] = noise.uniform(hidden_BC) < fractions[step]
-            if not select_BC.any():
-                continue
-        elif counts[step] == 0:
-            continue
-        logits_NV = model(ids_BL, attention_mask_BL, select_BL)
-        if allowed_V is None:
-            allowed_V = allowed_tokens(logits_NV.shape[-1], never, vocab_size, device)
-        if params.algorithm == "origin" or step == params.steps - 1:  # every selected position is revealed
-            reveal_BC = select_BC
-            ids_R, _ = draw_tokens(logits_NV, noise, reveal_BC, allowed_V, params)
-        elif params.algorithm == "maskgit_plus":  # ranks positions by the probability of what was drawn
-            ids_N, confidence_N = draw_tokens(logits_NV, noise, hidden_BC, allowed_V, params)
-            reveal_BC = choose_positions(confidence_N, hidden_BC, counts[step], noise, params)
-            ids_R = ids_N[reveal_BC[hidden_BC]]
-        else:
-            confidence_N = confidences(logits_NV, params)
-            reveal_BC = choose_positions(confidence_N, hidden_BC, counts[step], noise, params)
-            ids_R = draw_tokens(logits_NV[reveal_BC[hidden_BC]], noise, reveal_BC, allowed_V, params)[0]
-        ids_BC[reveal_BC] = ids_R
-        step_map_BC[reveal_BC] = step
-        hidden_BC = hidden_BC & ~reveal_BC
-    return SampleResult(completion_ids_BC=ids_BC.clone(), step_map_BC=step_map_BC)
-
-
 def allowed_tokens(vocabulary: int, never: Sequence[int], vocab_size: int | None, device: torch.device) -> Tensor:
     """allowed_V: False for what must not be drawn."""
     allowed_V = torch.arange(vocabulary, device=device) < (vocabulary if vocab_size is None else vocab_size)
     allowed_V[list(never)] = False
     return allowed_V
-
-
-def choose_positions(
-    confidence_N: Tensor, hidden_BC: Tensor, count: int, noise: Noise, params: SamplingParams
-) -> Tensor:
-    """reveal_BC: `count` hidden positions of each row, the highest confidences or drawn by them."""
-    score_N = confidence_N
-    if params.alg_temp > 0:
-        # The largest of score + Gumbel noise are a draw without replacement from softmax(score).
-        gumbel_N = -torch.log(-torch.log(noise.uniform(hidden_BC).double().clamp(min=1e-300)))
-        score_N = confidence_N.double() / params.alg_temp + gumbel_N
-    score_BC = torch.full(hidden_BC.shape, -torch.inf, dtype=score_N.dtype, device=score_N.device)
-    score_BC[hidden_BC] = score_N
-    return torch.zeros_like(hidden_BC).scatter_(1, score_BC.topk(count, dim=1).indices, True)
 
 
 def confidences(logits_NV: Tensor, params: SamplingParams) -> Tensor:
@@ -224,11 +38,11 @@ def confidences(logits_NV: Tensor, params: SamplingParams) -> Tensor:
 
 
 def draw_tokens(
-    logits_NV: Tensor, noise: Noise, where_BC: Tensor, allowed_V: Tensor, params: SamplingParams
+    logits_NV: Tensor, uniform_N: Tensor | None, allowed_V: Tensor, params: SamplingParams
 ) -> tuple[Tensor, Tensor]:
-    """A token for each of the N True positions of where_BC, and (maskgit_plus only) its probability.
+    """A token for each position, from one number in [0, 1) each, and (maskgit_plus only) its probability.
 
-    At temperature 0 the most probable allowed token, and no randomness is used.
+    At temperature 0 the most probable allowed token, whatever the numbers.
     """
     num, device = logits_NV.shape[0], logits_NV.device
     confidence_N = torch.empty(num, device=device)
@@ -239,7 +53,7 @@ def draw_tokens(
                 confidence_N[rows] = probability_of(ids_N[rows], probs_nK, ids_nK)
         return ids_N, confidence_N
     ids_N = torch.empty(num, dtype=torch.long, device=device)
-    uniform_N = noise.uniform(where_BC)
+    assert uniform_N is not None
     for rows, probs_nK, ids_nK in filtered_distributions(logits_NV, params):
         allowed_nK = allowed_V if ids_nK is None else allowed_V[ids_nK]
         cdf_nK = (probs_nK * allowed_nK).cumsum(-1, dtype=torch.float64)

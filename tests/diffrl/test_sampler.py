@@ -8,20 +8,10 @@ from torch import Tensor
 from transformers import Qwen2Config
 
 from diffrl.models.dream import DreamModel
-from diffrl.sampler import (
-    NUCLEUS_ROOM,
-    RowNoise,
-    SampleResult,
-    SamplingParams,
-    choose_positions,
-    confidences,
-    draw_tokens,
-    filtered_distributions,
-    largest,
-    reveal_counts,
-    reveal_fractions,
-    sample,
-)
+from diffrl.sampler import Canvas, Engine, SampleResult, SamplingParams, sample
+from diffrl.sampler.engine import RowNoise, highest, perturbed
+from diffrl.sampler.filters import NUCLEUS_ROOM, confidences, draw_tokens, filtered_distributions, largest
+from diffrl.sampler.params import reveal_counts, reveal_fractions
 
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 MASK = 7
@@ -54,9 +44,13 @@ class Table:
 
     def __init__(self, logits_CV: Tensor):
         self.logits_CV = logits_CV
+        self.vocab_size = logits_CV.shape[1]
         self.rows: list[int] = []
 
-    def __call__(self, ids_BL: Tensor, attention_mask_BL: Tensor, select_BL: Tensor) -> Tensor:
+    def logits(self, states_XD: Tensor) -> Tensor:
+        return states_XD
+
+    def selected_states(self, ids_BL: Tensor, attention_mask_BL: Tensor, select_BL: Tensor) -> Tensor:
         assert select_BL[:, : -len(self.logits_CV)].sum() == 0, "a prompt position was selected"
         assert bool((ids_BL[select_BL] == MASK).all()), "a known position was selected"
         self.rows.append(int(select_BL.sum()))
@@ -151,9 +145,7 @@ def test_confidences_by_hand():
     halves = confidences(logits, params(algorithm="entropy", top_k=2))[:1]  # 5/8 and 3/8
     torch.testing.assert_close(halves, torch.tensor([-0.6615632]), atol=1e-5, rtol=0)
     everything = torch.ones(3, dtype=torch.bool)
-    tokens, confidence = draw_tokens(
-        logits, RowNoise([0]), torch.ones(1, 2).bool(), everything, params(algorithm="maskgit_plus", temperature=0)
-    )
+    tokens, confidence = draw_tokens(logits, None, everything, params(algorithm="maskgit_plus", temperature=0))
     assert tokens.tolist() == [0, 0]
     torch.testing.assert_close(confidence, torch.tensor([0.5, 0.98]))
 
@@ -203,7 +195,7 @@ def test_banned_tokens_count_in_confidences():
     logits[[0, 2], MASK], logits[[1, 3], 4] = 9.0, 5.0
     for algorithm in ("entropy", "topk_margin"):
         result = run(Table(logits), 4, params(algorithm=algorithm, steps=3, temperature=0))
-        assert reveal_counts(4, 3, 1e-3) == [1, 1, 2]
+        assert reveal_counts(4, 3, 1e-3) == (1, 1, 2)
         assert sorted(result.step_map_BC[0, [0, 2]].tolist()) == [0, 1]
 
 
@@ -267,16 +259,17 @@ def test_steps_that_reveal_nothing_make_no_forward_pass(algorithm, num_tokens, s
     counts = reveal_counts(num_tokens, steps, sampling.eps)
     assert sum(counts) == num_tokens
     hidden = [3 * sum(counts[step:]) for step, count in enumerate(counts) if count]
-    assert model.rows == hidden  # hidden positions alone go through the head
+    assert model.rows == [num_tokens, *hidden[1:]]  # hidden positions alone; what is equal at first, once
     for steps_C in result.step_map_BC:
-        assert torch.bincount(steps_C, minlength=steps).tolist() == counts
+        assert torch.bincount(steps_C, minlength=steps).tolist() == list(counts)
 
 
 def test_origin_asks_for_revealed_positions_alone():
     model = table(num_tokens=5, vocabulary=30)
     result = run(model, 5, params(algorithm="origin", steps=40), rows=2)
     revealed = torch.bincount(result.step_map_BC.flatten(), minlength=40)
-    assert model.rows == revealed[revealed > 0].tolist() and len(model.rows) < 40
+    first, *later = revealed[revealed > 0].tolist()
+    assert model.rows[0] <= first and model.rows[1:] == later and len(model.rows) < 40
 
 
 def test_origin_reveals_with_probability_one_minus_s_over_t():
@@ -288,7 +281,7 @@ def test_origin_reveals_with_probability_one_minus_s_over_t():
 
 
 def test_schedule_reveals_none_first_and_two_last_with_a_step_per_token():
-    assert reveal_counts(256, 256, 1e-3) == [0] + [1] * 254 + [2]
+    assert reveal_counts(256, 256, 1e-3) == (0, *[1] * 254, 2)
 
 
 def test_highest_confidence_goes_first():
@@ -304,8 +297,8 @@ def test_alg_temp_draws_positions_without_replacement():
     rows, alg_temp = 20000, 0.7
     confidence_C = torch.tensor([0.1, 0.9, 0.4, 0.0])
     hidden = torch.ones(rows, 4, dtype=torch.bool)
-    sampling = params(alg_temp=alg_temp)
-    reveal = choose_positions(confidence_C.repeat(rows), hidden, 2, RowNoise(range(rows)), sampling)
+    uniform = RowNoise().uniform(range(rows), range(rows), hidden)
+    reveal = highest(perturbed(confidence_C.repeat(rows), uniform, alg_temp), hidden, torch.full((rows,), 2))
     assert reveal.sum(1).unique().tolist() == [2]
     p = (confidence_C / alg_temp).softmax(0)
     pairs = list(itertools.combinations(range(4), 2))

@@ -1,0 +1,380 @@
+"""The denoising engine: rows with holes in, filled rows out, a forward pass for whatever is active.
+
+A row needs nothing but its own tokens, so every pass builds its batch anew: finished rows leave, waiting ones take their
+places, and rows of one batch may be at different steps, of different lengths and with holes in different places.
+
+Shapes: R active rows, W width of the batch (rows are padded on the left), U distinct inputs among them, X positions that
+go through the last layer and the head, N positions that the rows look at (row-major; siblings may share an X), V vocabulary.
+"""
+
+from bisect import insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffrl.sampler.filters import allowed_tokens, confidences, draw_tokens
+from diffrl.sampler.params import SamplingParams, reveal_counts, reveal_fractions
+
+# Widths are multiples of this, and matrix products have at least this many rows: then CPU kernels add up a row's numbers
+# in the same order whatever else is in the batch.
+ALIGNMENT = 16
+# Elements of the logits that exist at a time.
+HEAD_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
+
+
+class Denoiser(Protocol):
+    """What the engine needs of a model; `diffrl.models.base.PolicyModel` has it."""
+
+    @property
+    def mask_token_id(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the logits."""
+        ...
+
+    def selected_states(self, ids_BL: Tensor, attention_mask_BL: Tensor, select_BL: Tensor) -> Tensor:
+        """[X, D]: what the head needs to know about the selected positions, in row-major order."""
+        ...
+
+    def logits(self, states_XD: Tensor) -> Tensor:
+        """[X, V]"""
+        ...
+
+
+class Noise(Protocol):
+    """A source of uniform numbers in [0, 1)."""
+
+    def uniform(self, seeds: Sequence[int], tickets: Sequence[int], where_RW: Tensor) -> Tensor:
+        """One number for every True position, in row-major order; `seeds` and `tickets` name the rows."""
+        ...
+
+
+class RowNoise:
+    """One stream per row: what a row gets depends on its seed and on its own earlier requests alone."""
+
+    def __init__(self):
+        self.generators: dict[int, np.random.Generator] = {}
+
+    def uniform(self, seeds: Sequence[int], tickets: Sequence[int], where_RW: Tensor) -> Tensor:
+        draws = [
+            self.of(ticket, seed).random(count)
+            for ticket, seed, count in zip(tickets, seeds, where_RW.sum(1).tolist(), strict=True)
+        ]
+        return torch.from_numpy(np.concatenate(draws)).to(where_RW.device)
+
+    def of(self, ticket: int, seed: int) -> np.random.Generator:
+        if ticket not in self.generators:  # numpy, since torch's CPU generator looks at the low 32 bits of a seed only
+            self.generators[ticket] = np.random.Generator(np.random.Philox(seed & (1 << 64) - 1))
+        return self.generators[ticket]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Canvas:
+    """A row to fill. Canvas(ids_L=tensor([412, 9, 0, 0]), hidden_L=tensor([False, False, True, True]), seed=17)"""
+
+    ids_L: Tensor  # int64; what stands at hidden positions does not matter
+    hidden_L: Tensor  # bool: the positions to fill, at least one
+    seed: int  # of 64 bits
+    steps: int | None = None  # instead of the engine's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filled:
+    """A row without holes; positions that were given have step -1 and probability 1.
+
+    Filled(ids_L=tensor([412, 9, 31, 5]), step_map_L=tensor([-1, -1, 1, 0]), probability_L=tensor([1, 1, .4, .9]), passes=2)
+    """
+
+    ids_L: Tensor  # int64
+    step_map_L: Tensor  # int64, the denoising step (from 0) at which each position was revealed
+    probability_L: Tensor  # float32, what the model gave each token when it was revealed, at temperature 1, unfiltered
+    passes: int  # forward passes that the row took part in
+
+
+@dataclass(slots=True)
+class Row:
+    """A row on its way."""
+
+    ticket: int
+    canvas: Canvas
+    turns: Iterator[tuple[int, float]]  # (step, how many positions it reveals; of `origin`, the share)
+    key: bytes  # equal for rows with equal inputs
+    passes: int = 0
+    step: int = field(default=-1)
+    reveal: float = 0.0
+
+    @property
+    def length(self) -> int:
+        return len(self.canvas.ids_L)
+
+
+class Engine:
+    """Fills canvases, as many at a time as `max_tokens` (rows times width) allows, at least one.
+
+    `vocab_size` is the tokenizer's size where the model's vocabulary is padded beyond it. `noise` replaces the rows' own
+    random streams, to replay another implementation's.
+    """
+
+    def __init__(
+        self,
+        model: Denoiser,
+        params: SamplingParams,
+        *,
+        max_tokens: int,
+        vocab_size: int | None = None,
+        banned_ids: Sequence[int] = (),
+        noise: Noise | None = None,
+        device: str | torch.device = "cpu",
+    ):
+        self.model = model
+        self.params = params
+        self.max_tokens = max_tokens
+        self.noise = RowNoise() if noise is None else noise
+        self.device = torch.device(device)
+        self.allowed_V = allowed_tokens(model.vocab_size, (model.mask_token_id, *banned_ids), vocab_size, self.device)
+        self.waiting: list[tuple[int, int, Row]] = []  # longest first, then in order of arrival
+        self.rows: list[Row] = []
+        self.ids_RW = torch.zeros(0, 0, dtype=torch.long, device=self.device)
+        self.attended_RW = torch.zeros(0, 0, dtype=torch.bool, device=self.device)
+        self.hidden_RW = self.attended_RW
+        self.step_map_RW = self.ids_RW
+        self.probability_RW = torch.zeros(0, 0, device=self.device)
+        self.num_added = 0
+        self.num_passes = 0  # forward passes
+        self.num_row_passes = 0  # rows in them, equal inputs counted once
+        self.num_tokens_passed = 0  # positions in them, padding included
+        self.num_useful_tokens = 0  # without padding
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.rows or self.waiting)
+
+    def add(self, canvas: Canvas) -> int:
+        """Queue a canvas; the returned ticket comes back with the filled row."""
+        if not bool(canvas.hidden_L.any()):
+            raise ValueError("nothing is hidden, so there is nothing to fill: leave at least one [MASK]")
+        ids_L = canvas.ids_L.long().masked_fill(canvas.hidden_L, self.model.mask_token_id)
+        row = Row(
+            ticket=self.num_added,
+            canvas=canvas,
+            turns=turns(self.params, int(canvas.hidden_L.sum()), canvas.steps or self.params.steps),
+            key=ids_L.cpu().numpy().tobytes() + canvas.hidden_L.cpu().numpy().tobytes(),
+        )
+        insort(self.waiting, (-row.length, row.ticket, row))
+        self.num_added += 1
+        return row.ticket
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[int, Filled]]:
+        """Every active row takes its next step that can reveal something. The rows that are full now, by ticket."""
+        self.admit()
+        select_RW = self.take_turns()
+        looking_R = select_RW.any(1)
+        if bool(looking_R.any()):
+            self.reveal(looking_R.nonzero().flatten(), select_RW[looking_R])
+        return self.retire()
+
+    def run(self) -> list[Filled]:
+        """Everything that was added, in that order."""
+        filled: dict[int, Filled] = {}
+        while self.busy:
+            filled.update(self.step())
+        return [filled[ticket] for ticket in sorted(filled)]
+
+    # What a step consists of.
+
+    def admit(self) -> None:
+        """Waiting rows take free places. The longest come first, so that rows of a batch are of similar lengths."""
+        new: list[Row] = []
+        width = max((aligned(row.length) for row in self.rows), default=0)
+        while self.waiting:
+            wider = max(width, aligned(self.waiting[0][2].length))
+            count = len(self.rows) + len(new) + 1
+            if count > 1 and count * wider > self.max_tokens:
+                break
+            width = wider
+            new.append(self.waiting.pop(0)[2])
+        if not new and width == self.ids_RW.shape[1]:
+            return
+        mask_id = self.model.mask_token_id
+        hidden = [row.canvas.hidden_L for row in new]
+        ids = [row.canvas.ids_L.long().masked_fill(row.canvas.hidden_L, mask_id) for row in new]
+        self.rows += new
+        self.ids_RW = stacked(self.ids_RW, ids, width)
+        self.attended_RW = stacked(self.attended_RW, [torch.ones_like(hidden_L) for hidden_L in hidden], width)
+        self.hidden_RW = stacked(self.hidden_RW, hidden, width)
+        self.step_map_RW = stacked(self.step_map_RW, [torch.full_like(ids_L, -1) for ids_L in ids], width)
+        self.probability_RW = stacked(self.probability_RW, [torch.ones(len(ids_L)) for ids_L in ids], width)
+
+    def take_turns(self) -> Tensor:
+        """select_RW: the positions that each row looks at in its next step."""
+        for row in self.rows:
+            row.step, row.reveal = next(row.turns)
+        if self.params.algorithm != "origin":
+            return self.hidden_RW
+        share_R = torch.tensor([row.reveal for row in self.rows], dtype=torch.float64, device=self.device)
+        select_RW = torch.zeros_like(self.hidden_RW)
+        uniform_N = self.uniform(range(len(self.rows)), self.hidden_RW)
+        select_RW[self.hidden_RW] = uniform_N < share_R.repeat_interleave(self.hidden_RW.sum(1))
+        return select_RW
+
+    def reveal(self, index_R: Tensor, select_RW: Tensor) -> None:
+        """One forward pass for the rows `index_R`, which look at `select_RW`; some of these positions get their tokens."""
+        rows = [self.rows[i] for i in index_R.tolist()]
+        states_XD, place_N = self.look(rows, index_R, select_RW)
+        count_R = torch.tensor([row.reveal for row in rows], device=self.device)
+        if self.params.algorithm == "origin" or bool((count_R >= select_RW.sum(1)).all()):
+            reveal_RW = select_RW
+            ids_K, _, probability_K = self.draw(states_XD[place_N], index_R, reveal_RW)
+        elif self.params.algorithm == "maskgit_plus":  # ranks positions by the probability of what was drawn
+            ids_N, score_N, probability_N = self.draw(states_XD[place_N], index_R, select_RW)
+            reveal_RW = self.choose(score_N, index_R, select_RW, count_R)
+            chosen_N = reveal_RW[select_RW]
+            ids_K, probability_K = ids_N[chosen_N], probability_N[chosen_N]
+        else:
+            score_N = torch.cat([confidences(logits, self.params) for logits in self.logits(states_XD)])[place_N]
+            reveal_RW = self.choose(score_N, index_R, select_RW, count_R)
+            ids_K, _, probability_K = self.draw(states_XD[place_N[reveal_RW[select_RW]]], index_R, reveal_RW)
+        row_K, column_K = reveal_RW.nonzero(as_tuple=True)
+        row_K = index_R[row_K]
+        self.ids_RW[row_K, column_K] = ids_K
+        self.hidden_RW[row_K, column_K] = False
+        self.step_map_RW[row_K, column_K] = torch.tensor([row.step for row in self.rows], device=self.device)[row_K]
+        self.probability_RW[row_K, column_K] = probability_K
+
+    def look(self, rows: list[Row], index_R: Tensor, select_RW: Tensor) -> tuple[Tensor, Tensor]:
+        """(states_XD, place_N): the last hidden states at selected positions, and which of them each selected position of
+        each row has. Rows that have not revealed anything yet and stand on equal canvases are one input."""
+        first: dict[bytes, int] = {}
+        source: list[int] = []  # the row behind each distinct input
+        input_R: list[int] = []
+        for number, row in enumerate(rows):
+            if row.passes == 0 and row.key in first:
+                input_R.append(first[row.key])
+                continue
+            if row.passes == 0:
+                first[row.key] = len(source)
+            input_R.append(len(source))
+            source.append(number)
+        for row in rows:
+            row.passes += 1
+        self.num_passes += 1
+        self.num_row_passes += len(source)
+        self.num_tokens_passed += len(source) * select_RW.shape[1]
+        self.num_useful_tokens += sum(rows[number].length for number in source)
+        index_U = index_R[source]
+        if len(source) == len(rows):
+            states_XD = self.model.selected_states(self.ids_RW[index_U], self.attended_RW[index_U], select_RW)
+            return states_XD, torch.arange(len(states_XD), device=self.device)
+        input = torch.tensor(input_R, device=self.device)
+        select_UW = torch.zeros_like(select_RW[source]).index_put_((input,), select_RW, accumulate=True)
+        states_XD = self.model.selected_states(self.ids_RW[index_U], self.attended_RW[index_U], select_UW)
+        place_UW = (select_UW.flatten().cumsum(0) - 1).reshape(select_UW.shape)
+        return states_XD, place_UW[input][select_RW]
+
+    def choose(self, score_N: Tensor, index_R: Tensor, select_RW: Tensor, count_R: Tensor) -> Tensor:
+        """reveal_RW: of each row `count_R` selected positions, the highest scores or drawn by them."""
+        if self.params.alg_temp > 0:
+            score_N = perturbed(score_N, self.uniform(index_R.tolist(), select_RW), self.params.alg_temp)
+        return highest(score_N, select_RW, count_R)
+
+    def retire(self) -> list[tuple[int, Filled]]:
+        """Take the full rows out."""
+        done_R = ~self.hidden_RW.any(1)
+        if not bool(done_R.any()):
+            return []
+        full = []
+        for number in done_R.nonzero().flatten().tolist():
+            row = self.rows[number]
+            ids_L, step_map_L, probability_L = (
+                tensor[number, -row.length :].clone() for tensor in (self.ids_RW, self.step_map_RW, self.probability_RW)
+            )
+            full.append(
+                (
+                    row.ticket,
+                    Filled(ids_L=ids_L, step_map_L=step_map_L, probability_L=probability_L, passes=row.passes),
+                )
+            )
+        stay = (~done_R).nonzero().flatten()
+        self.rows = [self.rows[i] for i in stay.tolist()]
+        self.ids_RW, self.attended_RW, self.hidden_RW, self.step_map_RW, self.probability_RW = (
+            tensor[stay]
+            for tensor in (self.ids_RW, self.attended_RW, self.hidden_RW, self.step_map_RW, self.probability_RW)
+        )
+        return full
+
+    # The head, in pieces, and random numbers.
+
+    def draw(self, states_ND: Tensor, index_R: Tensor, where_RW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens for the True positions of `where_RW` (no randomness at temperature 0); their probabilities after the
+        filters (of maskgit_plus alone), and what the model itself gives them."""
+        uniform_N = self.uniform(index_R.tolist(), where_RW) if self.params.temperature > 0 else None
+        drawn, stop = [], 0
+        for logits_nV in self.logits(states_ND):
+            start, stop = stop, stop + len(logits_nV)
+            uniform_n = None if uniform_N is None else uniform_N[start:stop]
+            ids_n, score_n = draw_tokens(logits_nV, uniform_n, self.allowed_V, self.params)
+            wide_nV = logits_nV.float()
+            logprob_n = wide_nV.gather(1, ids_n[:, None])[:, 0] - wide_nV.logsumexp(-1)
+            drawn.append((ids_n, score_n, logprob_n.exp()))
+        ids, score, probability = zip(*drawn, strict=True)
+        return torch.cat(ids), torch.cat(score), torch.cat(probability)
+
+    def logits(self, states_ND: Tensor) -> Iterator[Tensor]:
+        """A few rows at a time; no more than that ever exists."""
+        num = len(states_ND)
+        if num < ALIGNMENT:
+            states_ND = torch.cat([states_ND, states_ND[-1:].expand(ALIGNMENT - num, -1)])
+        size = max(ALIGNMENT, HEAD_ELEMENTS[self.device.type] // self.model.vocab_size)
+        start = 0
+        while start < num:
+            stop = start + size if start + size + ALIGNMENT <= num else len(states_ND)  # no small piece at the end
+            yield self.model.logits(states_ND[start:stop])[: num - start]
+            start = stop
+
+    def uniform(self, index: Sequence[int], where_RW: Tensor) -> Tensor:
+        rows = [self.rows[i] for i in index]
+        return self.noise.uniform([row.canvas.seed for row in rows], [row.ticket for row in rows], where_RW)
+
+
+def turns(params: SamplingParams, num_hidden: int, steps: int) -> Iterator[tuple[int, float]]:
+    """(step, how much it reveals) of the steps that can reveal something: a share of the hidden positions for `origin`,
+    else a number of them."""
+    if params.algorithm == "origin":
+        return enumerate(reveal_fractions(steps, params.eps).tolist())
+    return ((step, count) for step, count in enumerate(reveal_counts(num_hidden, steps, params.eps)) if count)
+
+
+def perturbed(score_N: Tensor, uniform_N: Tensor, temperature: float) -> Tensor:
+    """With Gumbel noise: the largest of these are a draw without replacement from softmax(score / temperature)."""
+    return score_N.double() / temperature - torch.log(-torch.log(uniform_N.double().clamp(min=1e-300)))
+
+
+def highest(score_N: Tensor, select_RW: Tensor, count_R: Tensor) -> Tensor:
+    """reveal_RW: of each row the `count_R` selected positions with the highest scores; of equal ones the first."""
+    score_RW = torch.full(select_RW.shape, -torch.inf, dtype=score_N.dtype, device=score_N.device)
+    score_RW[select_RW] = score_N
+    most = int(count_R.max())
+    columns_RK = score_RW.topk(min(most, select_RW.shape[1]), dim=1).indices
+    wanted_RK = torch.arange(columns_RK.shape[1], device=count_R.device) < count_R[:, None]
+    return torch.zeros_like(select_RW).scatter_(1, columns_RK, wanted_RK) & select_RW
+
+
+def aligned(length: int) -> int:
+    return -(-length // ALIGNMENT) * ALIGNMENT
+
+
+def stacked(old_RW: Tensor, new: list[Tensor], width: int) -> Tensor:
+    """Rows under each other, at the right edge of `width` columns."""
+    out_RW = old_RW.new_zeros(len(old_RW) + len(new), width)
+    common = min(width, old_RW.shape[1])
+    if common:
+        out_RW[: len(old_RW), -common:] = old_RW[:, -common:]
+    for number, row_L in enumerate(new, len(old_RW)):
+        out_RW[number, -len(row_L) :] = row_L
+    return out_RW
