@@ -170,6 +170,35 @@ class PolicyModel(nn.Module, ABC):
             column_X = (column_X - 1).clamp(min=0)
         return body.norm(layer_at(last, hidden_BLD, attend_BLL, rotary, row_X, column_X))
 
+    def window_states(
+        self,
+        ids_BQ: Tensor,
+        column_BQ: Tensor,
+        positions_BQ: Tensor,
+        attended_BW: Tensor,
+        select_BQ: Tensor,
+        caches: list[tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """Last hidden states [X, D] AT the selected positions (a shift is not undone) of a window of each row, which sees
+        keys and values of the rest of its row as they were when they were computed last.
+
+        column_BQ: where the window's tokens stand in the row of width W; columns may be repeated. `caches`: of each layer
+        keys and values [B, N, W, H], in which the window's own are replaced.
+        """
+        body: Any = self.backbone.model
+        hidden_BQD = body.embed_tokens(ids_BQ)
+        rotary = body.rotary_emb(hidden_BQD, positions_BQ)
+        attend_BQW = None
+        if not bool(attended_BW.all()):
+            attend_BQW = attended_BW[:, None].expand(-1, ids_BQ.shape[1], -1)
+        everywhere = torch.ones_like(ids_BQ, dtype=torch.bool)
+        for number, (layer, cache) in enumerate(zip(body.layers, caches, strict=True), 1):
+            last = number == len(caches)
+            row_X, slot_X = (select_BQ if last else everywhere).nonzero(as_tuple=True)
+            hidden_XD = layer_at(layer, hidden_BQD, attend_BQW, rotary, row_X, slot_X, cache=cache, column_BQ=column_BQ)
+            hidden_BQD = hidden_XD if last else hidden_XD.view_as(hidden_BQD)
+        return body.norm(hidden_BQD)
+
 
 def attention(attention_mask_BL: Tensor, attend_BLL: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(positions_BL, attend_BLL): positions count what is not padding; None where everything attends to everything, for
@@ -184,20 +213,31 @@ def attention(attention_mask_BL: Tensor, attend_BLL: Tensor | None) -> tuple[Ten
     return positions_BL, attend_BLL | torch.eye(mask_BL.shape[1], dtype=torch.bool, device=mask_BL.device)
 
 
+# Products of matrices with fewer rows may add up their numbers in another order on CPUs.
+FEWEST_ROWS = 16
+
+
 def layer_at(
     layer: Any,
     hidden_BLD: Tensor,
-    attend_BLL: Tensor | None,
+    attend_BLW: Tensor | None,
     rotary: tuple[Tensor, Tensor],
     row_X: Tensor,
     column_X: Tensor,
+    *,
+    cache: tuple[Tensor, Tensor] | None = None,
+    column_BQ: Tensor | None = None,
 ) -> Tensor:
     """A stock decoder layer's output [X, D] at positions (row_X, column_X), in row-major order.
 
-    Rows have different numbers of them: their queries lie at the front of [B, Q], and nobody reads what is behind.
+    Rows have different numbers of them: their queries lie at the front of [B, Q], and nobody reads what is behind. With a
+    `cache` of keys and values [B, N, W, H], those of hidden_BLD are written to its columns `column_BQ`, and all are seen.
     """
     attn, (cos_BLH, sin_BLH) = layer.self_attn, rotary
-    batch, length, _ = hidden_BLD.shape
+    num = len(row_X)
+    if 0 < num < FEWEST_ROWS:
+        row_X, column_X = (torch.cat([x, x[-1:].expand(FEWEST_ROWS - num)]) for x in (row_X, column_X))
+    batch = len(hidden_BLD)
     count_B = torch.bincount(row_X, minlength=batch)
     slot_X = torch.arange(len(row_X), device=row_X.device) - (count_B.cumsum(0) - count_B)[row_X]
     width = max(int(count_B.max()), 1)
@@ -207,22 +247,26 @@ def layer_at(
     value_BNLH = attn.v_proj(normed_BLD).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
     query_XNH = rotate(query_XNH, cos_BLH[row_X, column_X, None], sin_BLH[row_X, column_X, None])
     key_BNLH = rotate(key_BNLH, cos_BLH[:, None], sin_BLH[:, None])
+    if cache is not None:
+        assert column_BQ is not None
+        index = column_BQ[:, None, :, None].expand_as(key_BNLH)
+        key_BNLH, value_BNLH = cache[0].scatter_(2, index, key_BNLH), cache[1].scatter_(2, index, value_BNLH)
     query_BQNH = query_XNH.new_zeros(batch, width, *query_XNH.shape[1:]).index_put((row_X, slot_X), query_XNH)
-    attend_B1QL = None
-    if attend_BLL is not None:
-        attend_B1QL = attend_BLL.new_ones(batch, 1, width, length)
-        attend_B1QL[row_X, 0, slot_X] = attend_BLL[row_X, column_X]
+    attend_B1QW = None
+    if attend_BLW is not None:
+        attend_B1QW = attend_BLW.new_ones(batch, 1, width, attend_BLW.shape[-1])
+        attend_B1QW[row_X, 0, slot_X] = attend_BLW[row_X, column_X]
     seen_BNQH = nn.functional.scaled_dot_product_attention(
         query_BQNH.transpose(1, 2),
         key_BNLH.repeat_interleave(attn.num_key_value_groups, 1),
         value_BNLH.repeat_interleave(attn.num_key_value_groups, 1),
-        attend_B1QL,
+        attend_B1QW,
         dropout_p=attn.attention_dropout if attn.training else 0.0,
         scale=attn.scaling,
     )
     seen_XD = seen_BNQH.transpose(1, 2)[row_X, slot_X].flatten(1)
     hidden_XD = hidden_BLD[row_X, column_X] + attn.o_proj(seen_XD)
-    return hidden_XD + layer.mlp(layer.post_attention_layernorm(hidden_XD))
+    return (hidden_XD + layer.mlp(layer.post_attention_layernorm(hidden_XD)))[:num]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import Qwen2Config
 
 from diffrl.models.dream import DreamModel
-from diffrl.sampler import Canvas, Engine, SampleResult, SamplingParams, sample
+from diffrl.sampler import SampleResult, SamplingParams, sample
 from diffrl.sampler.engine import RowNoise, highest, perturbed
 from diffrl.sampler.filters import NUCLEUS_ROOM, confidences, draw_tokens, filtered_distributions, largest
 from diffrl.sampler.params import reveal_counts, reveal_fractions
