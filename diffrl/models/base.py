@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from diffrl.config import LoraConfig
 from diffrl.models.head import VocabularyHead
+from diffrl.sampler.approximate import KeyValueShape
 
 Backbone = Qwen2ForCausalLM | LlamaForCausalLM
 BackboneConfig = Qwen2Config | LlamaConfig
@@ -169,6 +170,18 @@ class PolicyModel(nn.Module, ABC):
         if self.shifted:
             column_X = (column_X - 1).clamp(min=0)
         return body.norm(layer_at(last, hidden_BLD, attend_BLL, rotary, row_X, column_X))
+
+    def key_value_shape(self) -> KeyValueShape:
+        """Of the caches of `window_states`."""
+        attn: Any = self.backbone.model.layers[0].self_attn
+        weight = attn.k_proj.weight
+        return KeyValueShape(
+            num_layers=len(self.backbone.model.layers),
+            heads=weight.shape[0] // attn.head_dim,
+            head_size=attn.head_dim,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
 
     def window_states(
         self,

@@ -105,7 +105,9 @@ class ChunkedLogprobs(torch.autograd.Function):
         for number, ((start, stop), pairs) in enumerate(ctx.chunks):
             if 2 * number < len(kept):
                 exp_XV, total_X = kept[2 * number : 2 * number + 2]
-                grad_logits_XV = torch.mul(exp_XV, (-sum_X[start:stop] / total_X)[:, None], out=buffer_XV[: stop - start])
+                grad_logits_XV = torch.mul(
+                    exp_XV, (-sum_X[start:stop] / total_X)[:, None], out=buffer_XV[: stop - start]
+                )
             else:
                 grad_logits_XV = _logits(hidden_XD[start:stop], weight_VD, buffer_XV)
                 grad_logits_XV.sub_(normalizer_X[start:stop, None]).exp_().mul_(-sum_X[start:stop, None])

@@ -24,6 +24,7 @@ row, seeded by the caller; filters and confidences are computed in float32 whate
 The release's schedule is kept: with as many steps as tokens it reveals none at the first, two at the last.
 
 params.py: the options and the schedule. filters.py: from logits to tokens. engine.py: rows in, rows filled.
+approximate.py: caches and other short cuts, off by default.
 """
 
 from collections.abc import Sequence
@@ -58,6 +59,7 @@ def sample(
     params: SamplingParams,
     seeds: Sequence[int],
     banned_ids: Sequence[int] = (),
+    end_ids: Sequence[int] = (),
     vocab_size: int | None = None,
     noise: Noise | None = None,
     max_tokens: int = 1 << 62,
@@ -75,6 +77,7 @@ def sample(
         max_tokens=max_tokens,
         vocab_size=vocab_size,
         banned_ids=banned_ids,
+        end_ids=end_ids,
         noise=noise,
         device=prompt_ids_BP.device,
     )

@@ -9,13 +9,15 @@ go through the last layer and the head, N positions that the rows look at (row-m
 
 from bisect import insort
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffrl.sampler.approximate import KeyValues, Window, after_end, certainties, how_many
 from diffrl.sampler.filters import allowed_tokens, confidences, draw_tokens
 from diffrl.sampler.params import SamplingParams, reveal_counts, reveal_fractions
 
@@ -80,20 +82,22 @@ class Canvas:
     ids_L: Tensor  # int64; what stands at hidden positions does not matter
     hidden_L: Tensor  # bool: the positions to fill, at least one
     seed: int  # of 64 bits
-    steps: int | None = None  # instead of the engine's
+    steps: int | None = None  # instead of the parameters'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filled:
     """A row without holes; positions that were given have step -1 and probability 1.
 
-    Filled(ids_L=tensor([412, 9, 31, 5]), step_map_L=tensor([-1, -1, 1, 0]), probability_L=tensor([1, 1, .4, .9]), passes=2)
+    Filled(ids_L=tensor([412, 9, 31, 5]), step_map_L=tensor([-1, -1, 1, 0]), probability_L=tensor([1, 1, .4, .9]),
+           passes=2.0, exact_passes=2)
     """
 
     ids_L: Tensor  # int64
     step_map_L: Tensor  # int64, the denoising step (from 0) at which each position was revealed
     probability_L: Tensor  # float32, what the model gave each token when it was revealed, at temperature 1, unfiltered
-    passes: int  # forward passes that the row took part in
+    passes: float  # forward passes that the row took part in; a window counts as its share of the row
+    exact_passes: int  # what the schedule makes without approximations; of `origin` the most it can make
 
 
 @dataclass(slots=True)
@@ -104,9 +108,10 @@ class Row:
     canvas: Canvas
     turns: Iterator[tuple[int, float]]  # (step, how many positions it reveals; of `origin`, the share)
     key: bytes  # equal for rows with equal inputs
-    passes: int = 0
-    step: int = field(default=-1)
+    step: int = -1
     reveal: float = 0.0
+    passes: float = 0.0
+    cached: tuple[int, int] | None = None  # of a cache: the block it was made for, and the passes since
 
     @property
     def length(self) -> int:
@@ -117,7 +122,7 @@ class Engine:
     """Fills canvases, as many at a time as `max_tokens` (rows times width) allows, at least one.
 
     `vocab_size` is the tokenizer's size where the model's vocabulary is padded beyond it. `noise` replaces the rows' own
-    random streams, to replay another implementation's.
+    random streams, to replay another implementation's. `end_ids` are for `early_end`.
     """
 
     def __init__(
@@ -128,12 +133,17 @@ class Engine:
         max_tokens: int,
         vocab_size: int | None = None,
         banned_ids: Sequence[int] = (),
+        end_ids: Sequence[int] = (),
         noise: Noise | None = None,
         device: str | torch.device = "cpu",
     ):
         self.model = model
         self.params = params
         self.max_tokens = max_tokens
+        self.end_ids = tuple(end_ids)
+        if params.early_end and not end_ids:
+            raise ValueError("sampling.early_end: needs the ids of end tokens; pass end_ids")
+        self.cache = KeyValues() if params.cache != "none" else None
         self.noise = RowNoise() if noise is None else noise
         self.device = torch.device(device)
         self.allowed_V = allowed_tokens(model.vocab_size, (model.mask_token_id, *banned_ids), vocab_size, self.device)
@@ -158,11 +168,15 @@ class Engine:
         """Queue a canvas; the returned ticket comes back with the filled row."""
         if not bool(canvas.hidden_L.any()):
             raise ValueError("nothing is hidden, so there is nothing to fill: leave at least one [MASK]")
+        if self.params.early_end and not bool(canvas.hidden_L[canvas.hidden_L.long().argmax() :].all()):
+            raise ValueError(
+                "sampling.early_end: tokens are given behind a hole; set it to false to fill in the middle"
+            )
         ids_L = canvas.ids_L.long().masked_fill(canvas.hidden_L, self.model.mask_token_id)
         row = Row(
             ticket=self.num_added,
             canvas=canvas,
-            turns=turns(self.params, int(canvas.hidden_L.sum()), canvas.steps or self.params.steps),
+            turns=turns(self.params, canvas),
             key=ids_L.cpu().numpy().tobytes() + canvas.hidden_L.cpu().numpy().tobytes(),
         )
         insort(self.waiting, (-row.length, row.ticket, row))
@@ -215,6 +229,10 @@ class Engine:
         """select_RW: the positions that each row looks at in its next step."""
         for row in self.rows:
             row.step, row.reveal = next(row.turns)
+        if self.params.block_size is not None:
+            return self.hidden_RW & (
+                torch.arange(self.hidden_RW.shape[1], device=self.device) < self.block_ends()[:, None]
+            )
         if self.params.algorithm != "origin":
             return self.hidden_RW
         share_R = torch.tensor([row.reveal for row in self.rows], dtype=torch.float64, device=self.device)
@@ -228,28 +246,42 @@ class Engine:
         rows = [self.rows[i] for i in index_R.tolist()]
         states_XD, place_N = self.look(rows, index_R, select_RW)
         count_R = torch.tensor([row.reveal for row in rows], device=self.device)
-        if self.params.algorithm == "origin" or bool((count_R >= select_RW.sum(1)).all()):
+        by_schedule = self.params.rule in (None, "tokens_per_step")
+        if self.params.algorithm == "origin" or (by_schedule and bool((count_R >= select_RW.sum(1)).all())):
             reveal_RW = select_RW
             ids_K, _, probability_K = self.draw(states_XD[place_N], index_R, reveal_RW)
-        elif self.params.algorithm == "maskgit_plus":  # ranks positions by the probability of what was drawn
+        elif (
+            by_schedule and self.params.algorithm == "maskgit_plus"
+        ):  # ranks positions by the probability of what was drawn
             ids_N, score_N, probability_N = self.draw(states_XD[place_N], index_R, select_RW)
             reveal_RW = self.choose(score_N, index_R, select_RW, count_R)
             chosen_N = reveal_RW[select_RW]
             ids_K, probability_K = ids_N[chosen_N], probability_N[chosen_N]
         else:
-            score_N = torch.cat([confidences(logits, self.params) for logits in self.logits(states_XD)])[place_N]
+            score = confidences if by_schedule else certainties
+            score_N = torch.cat([score(logits_nV, self.params) for logits_nV in self.logits(states_XD)])[place_N]
+            count_R = count_R if by_schedule else how_many(score_N, select_RW, self.params)
             reveal_RW = self.choose(score_N, index_R, select_RW, count_R)
             ids_K, _, probability_K = self.draw(states_XD[place_N[reveal_RW[select_RW]]], index_R, reveal_RW)
         row_K, column_K = reveal_RW.nonzero(as_tuple=True)
         row_K = index_R[row_K]
+        step_R = torch.tensor([row.step for row in self.rows], device=self.device)
         self.ids_RW[row_K, column_K] = ids_K
         self.hidden_RW[row_K, column_K] = False
-        self.step_map_RW[row_K, column_K] = torch.tensor([row.step for row in self.rows], device=self.device)[row_K]
+        self.step_map_RW[row_K, column_K] = step_R[row_K]
         self.probability_RW[row_K, column_K] = probability_K
+        if self.params.early_end:
+            fill_RW, token_R = after_end(self.ids_RW, self.step_map_RW >= 0, self.hidden_RW, self.end_ids)
+            self.ids_RW = torch.where(fill_RW, token_R[:, None], self.ids_RW)
+            self.hidden_RW = self.hidden_RW & ~fill_RW
+            self.step_map_RW = torch.where(fill_RW, step_R[:, None], self.step_map_RW)
+            self.probability_RW[fill_RW] = torch.nan
 
     def look(self, rows: list[Row], index_R: Tensor, select_RW: Tensor) -> tuple[Tensor, Tensor]:
         """(states_XD, place_N): the last hidden states at selected positions, and which of them each selected position of
         each row has. Rows that have not revealed anything yet and stand on equal canvases are one input."""
+        if self.cache is not None:
+            return self.look_through_windows(self.cache, rows, index_R, select_RW)
         first: dict[bytes, int] = {}
         source: list[int] = []  # the row behind each distinct input
         input_R: list[int] = []
@@ -277,6 +309,78 @@ class Engine:
         place_UW = (select_UW.flatten().cumsum(0) - 1).reshape(select_UW.shape)
         return states_XD, place_UW[input][select_RW]
 
+    def look_through_windows(
+        self, cache: KeyValues, rows: list[Row], index_R: Tensor, select_RW: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `look`, with a cache: whole passes for rows that need one, windows for the others."""
+        model: Any = self.model
+        width, shift = select_RW.shape[1], int(model.shifted)
+        place_RW = torch.zeros_like(select_RW, dtype=torch.long)
+        windows = [self.window(row, end) for row, end in zip(rows, self.block_ends()[index_R].tolist(), strict=True)]
+        states: list[Tensor] = []
+        for refresh in (True, False):
+            chosen = [i for i, window in enumerate(windows) if window.refresh == refresh]
+            if not chosen:
+                continue
+            chosen_r = torch.tensor(chosen, device=self.device)
+            index_r = index_R[chosen_r]
+            first_r = torch.tensor([windows[i].first for i in chosen], device=self.device)
+            last_r = torch.tensor([windows[i].last for i in chosen], device=self.device)
+            slot_Q = torch.arange(int((last_r - first_r).max()), device=self.device)
+            column_rQ = torch.minimum(first_r[:, None] + slot_Q, last_r[:, None] - 1)
+            attended_rW = self.attended_RW[index_r]
+            positions_rW = (attended_rW.long().cumsum(1) - 1).clamp(min=0)
+            # Each selected position's hidden state, as a slot of the window.
+            row_n, column_n = select_RW[chosen_r].nonzero(as_tuple=True)
+            slot_n = (column_n - shift).clamp(min=0) - first_r[row_n]
+            select_rQ = torch.zeros_like(column_rQ, dtype=torch.bool).index_put((row_n, slot_n), torch.tensor(True))
+            place_rQ = (select_rQ.flatten().cumsum(0) - 1).view_as(column_rQ) + sum(map(len, states))
+            place_RW[chosen_r[row_n], column_n] = place_rQ[row_n, slot_n]
+            layers = cache.of(index_r, len(self.rows), width, model.key_value_shape())
+            states.append(
+                model.window_states(
+                    self.ids_RW[index_r].gather(1, column_rQ),
+                    column_rQ,
+                    positions_rW.gather(1, column_rQ),
+                    attended_rW,
+                    select_rQ,
+                    layers,
+                )
+            )
+            cache.put(index_r, layers)
+            self.num_passes += 1
+            self.num_row_passes += len(chosen)
+            self.num_tokens_passed += column_rQ.numel()
+            for i in chosen:
+                useful = min(windows[i].last - windows[i].first, rows[i].length)
+                rows[i].passes += useful / rows[i].length
+                self.num_useful_tokens += useful
+        return torch.cat(states), place_RW[select_RW]
+
+    def window(self, row: Row, end: int) -> Window:
+        """What is computed of a row whose first block with hidden positions ends before column `end`."""
+        size, width, shift = self.params.block_size, self.hidden_RW.shape[1], int(cast(Any, self.model).shifted)
+        assert size is not None
+        block, passes = row.cached or (None, 0)
+        if block != end - width or passes + 1 == self.params.refresh_every:
+            row.cached = (end - width, 0)
+            return Window(0, width, refresh=True)
+        row.cached = (end - width, passes + 1)
+        start = self.first_hidden(row) + (end - 1 - self.first_hidden(row)) // size * size
+        return Window(max(0, start - shift), end if self.params.cache == "dual" else width, refresh=False)
+
+    def first_hidden(self, row: Row) -> int:
+        """The column of the first position that was hidden."""
+        return self.hidden_RW.shape[1] - row.length + int(row.canvas.hidden_L.long().argmax())
+
+    def block_ends(self) -> Tensor:
+        """end_R: the column behind the first block of each row that has hidden positions."""
+        size = self.params.block_size
+        assert size is not None
+        start_R = torch.tensor([self.first_hidden(row) for row in self.rows], device=self.device)
+        first_R = self.hidden_RW.long().argmax(1)
+        return (start_R + ((first_R - start_R) // size + 1) * size).clamp(max=self.hidden_RW.shape[1])
+
     def choose(self, score_N: Tensor, index_R: Tensor, select_RW: Tensor, count_R: Tensor) -> Tensor:
         """reveal_RW: of each row `count_R` selected positions, the highest scores or drawn by them."""
         if self.params.alg_temp > 0:
@@ -294,13 +398,17 @@ class Engine:
             ids_L, step_map_L, probability_L = (
                 tensor[number, -row.length :].clone() for tensor in (self.ids_RW, self.step_map_RW, self.probability_RW)
             )
-            full.append(
-                (
-                    row.ticket,
-                    Filled(ids_L=ids_L, step_map_L=step_map_L, probability_L=probability_L, passes=row.passes),
-                )
+            filled = Filled(
+                ids_L=ids_L,
+                step_map_L=step_map_L,
+                probability_L=probability_L,
+                passes=row.passes,
+                exact_passes=exact_passes(self.params, row.canvas),
             )
+            full.append((row.ticket, filled))
         stay = (~done_R).nonzero().flatten()
+        if self.cache is not None:
+            self.cache.keep(stay)
         self.rows = [self.rows[i] for i in stay.tolist()]
         self.ids_RW, self.attended_RW, self.hidden_RW, self.step_map_RW, self.probability_RW = (
             tensor[stay]
@@ -342,12 +450,33 @@ class Engine:
         return self.noise.uniform([row.canvas.seed for row in rows], [row.ticket for row in rows], where_RW)
 
 
-def turns(params: SamplingParams, num_hidden: int, steps: int) -> Iterator[tuple[int, float]]:
+def turns(params: SamplingParams, canvas: Canvas) -> Iterator[tuple[int, float]]:
     """(step, how much it reveals) of the steps that can reveal something: a share of the hidden positions for `origin`,
     else a number of them."""
+    steps = canvas.steps or params.steps
+    if params.rule is not None:
+        return enumerate(repeat(params.tokens_per_step or 1))
     if params.algorithm == "origin":
         return enumerate(reveal_fractions(steps, params.eps).tolist())
-    return ((step, count) for step, count in enumerate(reveal_counts(num_hidden, steps, params.eps)) if count)
+    counts: list[int] = []
+    for num_hidden in hidden_of_blocks(params, canvas):
+        share = max(1, round(steps * num_hidden / int(canvas.hidden_L.sum())))
+        counts += reveal_counts(num_hidden, share, params.eps)
+    return ((step, count) for step, count in enumerate(counts) if count)
+
+
+def hidden_of_blocks(params: SamplingParams, canvas: Canvas) -> list[int]:
+    """Numbers of hidden positions of the blocks that have any; one block when there is no `block_size`."""
+    position_n = canvas.hidden_L.nonzero().flatten()
+    size = params.block_size or len(canvas.hidden_L)
+    return [count for count in torch.bincount((position_n - position_n[0]) // size).tolist() if count]
+
+
+def exact_passes(params: SamplingParams, canvas: Canvas) -> int:
+    steps = canvas.steps or params.steps
+    if params.algorithm == "origin":
+        return steps
+    return sum(count > 0 for count in reveal_counts(int(canvas.hidden_L.sum()), steps, params.eps))
 
 
 def perturbed(score_N: Tensor, uniform_N: Tensor, temperature: float) -> Tensor:
