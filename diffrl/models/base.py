@@ -8,6 +8,7 @@ of size H, and Q the most positions that are selected in one row.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
@@ -131,7 +132,7 @@ class PolicyModel(nn.Module, ABC):
         if select_BL is None:
             selected = self.hidden_states(ids_BL, attention_mask_BL)
         else:
-            selected = self.selected_states(ids_BL, attention_mask_BL, select_BL)
+            selected = self.selected_states(ids_BL, attention_mask_BL, select_BL, packed=False)
         if token_N is not None:
             head_options = {"vocab_size": self.num_tokens, **head_options}
         return self.backbone.lm_head(selected, position_N, token_N, **head_options)
@@ -151,9 +152,15 @@ class PolicyModel(nn.Module, ABC):
         ).last_hidden_state
         return torch.cat([hidden_BLD[:, :1], hidden_BLD[:, :-1]], dim=1) if self.shifted else hidden_BLD
 
-    def selected_states(self, ids_BL: Tensor, attention_mask_BL: Tensor, select_BL: Tensor) -> Tensor:
+    def selected_states(self, ids_BL: Tensor, attention_mask_BL: Tensor, select_BL: Tensor, *, packed: bool) -> Tensor:
         """`hidden_states(...)[select_BL]`, [X, D], by less work: nothing looks at other positions of the last layer, so
-        it computes keys and values for all, and queries, attention and MLP for the selected ones alone."""
+        it computes keys and values for all, and queries, attention and MLP for the selected ones alone.
+
+        `packed`: rows lie end to end without padding, and attention goes row by row. On a CPU a row's states are then the
+        same to the last bit whatever the other rows are. No padding may be selected.
+        """
+        if packed:
+            return self.packed_states(ids_BL, attention_mask_BL.bool(), select_BL)
         positions_BL, attend_BLL = attention(attention_mask_BL, None)
         body: Any = self.backbone.model
         hidden_BLD = body.embed_tokens(ids_BL)
@@ -170,6 +177,21 @@ class PolicyModel(nn.Module, ABC):
         if self.shifted:
             column_X = (column_X - 1).clamp(min=0)
         return body.norm(layer_at(last, hidden_BLD, attend_BLL, rotary, row_X, column_X))
+
+    def packed_states(self, ids_BL: Tensor, mask_BL: Tensor, select_BL: Tensor) -> Tensor:
+        body: Any = self.backbone.model
+        length_B, count_B = mask_BL.sum(1), select_BL.sum(1)
+        start_B = length_B.cumsum(0) - length_B
+        row_X, _ = select_BL.nonzero(as_tuple=True)
+        place_BL = mask_BL.long().cumsum(1) - 1
+        index_X = start_B[row_X] + (place_BL[select_BL] - int(self.shifted)).clamp(min=0)
+        hidden_TD = body.embed_tokens(ids_BL[mask_BL])
+        cos_1TH, sin_1TH = body.rotary_emb(hidden_TD[None], place_BL[mask_BL][None])
+        rotary, lengths = (cos_1TH[0], sin_1TH[0]), length_B.tolist()
+        *layers, last = body.layers
+        for layer in layers:
+            hidden_TD = packed_layer(layer, hidden_TD, rotary, lengths)
+        return body.norm(packed_layer(last, hidden_TD, rotary, lengths, index_X, count_B.tolist()))
 
     def key_value_shape(self) -> KeyValueShape:
         """Of the caches of `window_states`."""
@@ -226,10 +248,6 @@ def attention(attention_mask_BL: Tensor, attend_BLL: Tensor | None) -> tuple[Ten
     return positions_BL, attend_BLL | torch.eye(mask_BL.shape[1], dtype=torch.bool, device=mask_BL.device)
 
 
-# Products of matrices with fewer rows may add up their numbers in another order on CPUs.
-FEWEST_ROWS = 16
-
-
 def layer_at(
     layer: Any,
     hidden_BLD: Tensor,
@@ -247,9 +265,6 @@ def layer_at(
     `cache` of keys and values [B, N, W, H], those of hidden_BLD are written to its columns `column_BQ`, and all are seen.
     """
     attn, (cos_BLH, sin_BLH) = layer.self_attn, rotary
-    num = len(row_X)
-    if 0 < num < FEWEST_ROWS:
-        row_X, column_X = (torch.cat([x, x[-1:].expand(FEWEST_ROWS - num)]) for x in (row_X, column_X))
     batch = len(hidden_BLD)
     count_B = torch.bincount(row_X, minlength=batch)
     slot_X = torch.arange(len(row_X), device=row_X.device) - (count_B.cumsum(0) - count_B)[row_X]
@@ -279,7 +294,60 @@ def layer_at(
     )
     seen_XD = seen_BNQH.transpose(1, 2)[row_X, slot_X].flatten(1)
     hidden_XD = hidden_BLD[row_X, column_X] + attn.o_proj(seen_XD)
-    return (hidden_XD + layer.mlp(layer.post_attention_layernorm(hidden_XD)))[:num]
+    return hidden_XD + layer.mlp(layer.post_attention_layernorm(hidden_XD))
+
+
+def packed_layer(
+    layer: Any,
+    hidden_TD: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    lengths: list[int],
+    index_X: Tensor | None = None,
+    counts: list[int] | None = None,
+) -> Tensor:
+    """A stock decoder layer on rows of `lengths` end to end, T tokens together; its output at all of them, [T, D], or at
+    `index_X` (ascending; `counts` of them in each row), [X, D]."""
+    attn, (cos_TH, sin_TH) = layer.self_attn, rotary
+
+    def at(tensor_T: Tensor) -> Tensor:
+        return tensor_T if index_X is None else tensor_T[index_X]
+
+    def heads(projected_TD: Tensor) -> Tensor:
+        return projected_TD.unflatten(-1, (-1, attn.head_dim)).transpose(0, 1)
+
+    def output(hidden_XD: Tensor, seen_XD: Tensor) -> Tensor:
+        hidden_XD = hidden_XD + attn.o_proj(seen_XD)
+        return hidden_XD + layer.mlp(layer.post_attention_layernorm(hidden_XD))
+
+    normed_TD = layer.input_layernorm(hidden_TD)
+    query_NXH = rotate(heads(wide(attn.q_proj, at(normed_TD))), at(cos_TH), at(sin_TH))
+    key_NTH = rotate(heads(wide(attn.k_proj, normed_TD)), cos_TH, sin_TH)
+    value_NTH = heads(wide(attn.v_proj, normed_TD))
+    repeats = attn.num_key_value_groups
+    seen = [
+        nn.functional.scaled_dot_product_attention(
+            query_NQH[None],
+            key_NLH[None].repeat_interleave(repeats, 1),
+            value_NLH[None].repeat_interleave(repeats, 1),
+            scale=attn.scaling,
+        )[0]
+        for query_NQH, key_NLH, value_NLH in zip(
+            query_NXH.split(counts or lengths, 1), key_NTH.split(lengths, 1), value_NTH.split(lengths, 1), strict=True
+        )
+    ]
+    return wide(output, at(hidden_TD), torch.cat(seen, 1).transpose(0, 1).flatten(1))
+
+
+# Products of matrices with fewer rows may add up their numbers in another order on CPUs.
+FEWEST_ROWS = 16
+
+
+def wide(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """A function of rows, of never too few of them."""
+    num = len(tensors[0])
+    if num >= FEWEST_ROWS:
+        return function(*tensors)
+    return function(*(nn.functional.pad(tensor, (0, 0, 0, FEWEST_ROWS - num)) for tensor in tensors))[:num]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

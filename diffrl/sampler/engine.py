@@ -39,8 +39,9 @@ class Denoiser(Protocol):
         """Of the logits."""
         ...
 
-    def selected_states(self, ids_BL: Tensor, attention_mask_BL: Tensor, select_BL: Tensor) -> Tensor:
-        """[X, D]: what the head needs to know about the selected positions, in row-major order."""
+    def selected_states(self, ids_BL: Tensor, attention_mask_BL: Tensor, select_BL: Tensor, *, packed: bool) -> Tensor:
+        """[X, D]: what the head needs to know about the selected positions, in row-major order. `packed` rows do not
+        depend on each other's lengths and number by a single bit."""
         ...
 
     def logits(self, states_XD: Tensor) -> Tensor:
@@ -301,13 +302,17 @@ class Engine:
         self.num_useful_tokens += sum(rows[number].length for number in source)
         index_U = index_R[source]
         if len(source) == len(rows):
-            states_XD = self.model.selected_states(self.ids_RW[index_U], self.attended_RW[index_U], select_RW)
+            states_XD = self.states(index_U, select_RW)
             return states_XD, torch.arange(len(states_XD), device=self.device)
         input = torch.tensor(input_R, device=self.device)
         select_UW = torch.zeros_like(select_RW[source]).index_put_((input,), select_RW, accumulate=True)
-        states_XD = self.model.selected_states(self.ids_RW[index_U], self.attended_RW[index_U], select_UW)
+        states_XD = self.states(index_U, select_UW)
         place_UW = (select_UW.flatten().cumsum(0) - 1).reshape(select_UW.shape)
         return states_XD, place_UW[input][select_RW]
+
+    def states(self, index_U: Tensor, select_UW: Tensor) -> Tensor:
+        packed = self.device.type == "cpu"
+        return self.model.selected_states(self.ids_RW[index_U], self.attended_RW[index_U], select_UW, packed=packed)
 
     def look_through_windows(
         self, cache: KeyValues, rows: list[Row], index_R: Tensor, select_RW: Tensor

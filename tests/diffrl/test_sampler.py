@@ -50,7 +50,7 @@ class Table:
     def logits(self, states_XD: Tensor) -> Tensor:
         return states_XD
 
-    def selected_states(self, ids_BL: Tensor, attention_mask_BL: Tensor, select_BL: Tensor) -> Tensor:
+    def selected_states(self, ids_BL: Tensor, attention_mask_BL: Tensor, select_BL: Tensor, *, packed: bool) -> Tensor:
         assert select_BL[:, : -len(self.logits_CV)].sum() == 0, "a prompt position was selected"
         assert bool((ids_BL[select_BL] == MASK).all()), "a known position was selected"
         self.rows.append(int(select_BL.sum()))
