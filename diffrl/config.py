@@ -5,6 +5,7 @@ Files are read by `config_file.load_config`.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -109,15 +110,27 @@ class SamplingConfig(Section):
     top_k: Positive | None = 50
     alg_temp: Annotated[float, Field(ge=0)] = 0.0
 
+    # Approximations, see diffrl/sampler/approximate.py.
+    block_size: Positive | None = None
+    cache: Literal["none", "prefix", "dual"] = "none"
+    refresh_every: Positive | None = None
+    confidence_threshold: Annotated[float, Field(gt=0, le=1)] | None = None
+    confidence_factor: Annotated[float, Field(gt=0)] | None = None
+    entropy_budget: Annotated[float, Field(gt=0)] | None = None
+    tokens_per_step: Positive | None = None
+    early_end: bool = False
+
+    @model_validator(mode="after")
+    def check(self):
+        try:
+            self.params()
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("sampling.")) from None  # the section's name is added
+        return self
+
     def params(self, temperature: float | None = None) -> SamplingParams:
-        return SamplingParams(
-            algorithm=self.algorithm,
-            steps=self.steps,
-            temperature=self.temperature if temperature is None else temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            alg_temp=self.alg_temp,
-        )
+        options = {field.name: getattr(self, field.name) for field in fields(SamplingParams) if field.name != "eps"}
+        return SamplingParams(**options | ({} if temperature is None else {"temperature": temperature}))
 
 
 class MethodConfig(Section):

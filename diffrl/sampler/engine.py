@@ -337,7 +337,8 @@ class Engine:
             positions_rW = (attended_rW.long().cumsum(1) - 1).clamp(min=0)
             # Each selected position's hidden state, as a slot of the window.
             row_n, column_n = select_RW[chosen_r].nonzero(as_tuple=True)
-            slot_n = (column_n - shift).clamp(min=0) - first_r[row_n]
+            begin_r = torch.tensor([width - rows[i].length for i in chosen], device=self.device)
+            slot_n = torch.maximum(column_n - shift, begin_r[row_n]) - first_r[row_n]
             select_rQ = torch.zeros_like(column_rQ, dtype=torch.bool).index_put((row_n, slot_n), torch.tensor(True))
             place_rQ = (select_rQ.flatten().cumsum(0) - 1).view_as(column_rQ) + sum(map(len, states))
             place_RW[chosen_r[row_n], column_n] = place_rQ[row_n, slot_n]
@@ -372,7 +373,7 @@ class Engine:
             return Window(0, width, refresh=True)
         row.cached = (end - width, passes + 1)
         start = self.first_hidden(row) + (end - 1 - self.first_hidden(row)) // size * size
-        return Window(max(0, start - shift), end if self.params.cache == "dual" else width, refresh=False)
+        return Window(max(width - row.length, start - shift), end if self.params.cache == "dual" else width, refresh=False)
 
     def first_hidden(self, row: Row) -> int:
         """The column of the first position that was hidden."""

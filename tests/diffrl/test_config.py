@@ -161,7 +161,8 @@ def test_defaults_are_the_published_recipe():
         "top_k": 50,
         "alg_temp": 0.0,
     }
-    assert config.sampling.model_dump() == sampling
+    assert {name: getattr(config.sampling, name) for name in sampling} == sampling
+    assert config.sampling.params().is_exact
     assert config.train.model_dump() == {"steps": None, "epochs": 1, "prompts_per_step": 8}
     assert config.data.max_prompt_tokens == 200
     assert config.data.num_prompt_tests == 1  # shown, and therefore not graded
