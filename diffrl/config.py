@@ -6,7 +6,7 @@ Files are read by `config_file.load_config`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -129,8 +129,11 @@ class SamplingConfig(Section):
         return self
 
     def params(self, temperature: float | None = None) -> SamplingParams:
-        options = {field.name: getattr(self, field.name) for field in fields(SamplingParams) if field.name != "eps"}
-        return SamplingParams(**options | ({} if temperature is None else {"temperature": temperature}))
+        names = {field.name for field in fields(SamplingParams)} & set(type(self).model_fields)
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        if temperature is not None:
+            options["temperature"] = temperature
+        return SamplingParams(**options)
 
 
 class MethodConfig(Section):
