@@ -373,7 +373,9 @@ class Engine:
             return Window(0, width, refresh=True)
         row.cached = (end - width, passes + 1)
         start = self.first_hidden(row) + (end - 1 - self.first_hidden(row)) // size * size
-        return Window(max(width - row.length, start - shift), end if self.params.cache == "dual" else width, refresh=False)
+        return Window(
+            max(width - row.length, start - shift), end if self.params.cache == "dual" else width, refresh=False
+        )
 
     def first_hidden(self, row: Row) -> int:
         """The column of the first position that was hidden."""

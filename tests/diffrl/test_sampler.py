@@ -10,7 +10,7 @@ from transformers import Qwen2Config
 from diffrl.models.dream import DreamModel
 from diffrl.sampler import SampleResult, SamplingParams, sample
 from diffrl.sampler.engine import RowNoise, highest, perturbed
-from diffrl.sampler.filters import NUCLEUS_ROOM, confidences, draw_tokens, filtered_distributions, largest
+from diffrl.sampler.filters import NUCLEUS_ROOMS, confidences, draw_tokens, filtered_distributions, largest
 from diffrl.sampler.params import reveal_counts, reveal_fractions
 
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
@@ -107,14 +107,14 @@ def standardised_chi_square(drawn: Tensor, probs: Tensor) -> float:
 @pytest.mark.parametrize("temperature", [0, 0.5, 1.0, 1.3])
 def test_filters_equal_their_definition(vocabulary, temperature):
     generator = torch.Generator().manual_seed(vocabulary)
-    flat = torch.randn(6, vocabulary, generator=generator)  # nuclei far beyond NUCLEUS_ROOM at 3000
+    flat = torch.randn(6, vocabulary, generator=generator)  # nuclei far beyond NUCLEUS_ROOMS at 3000
     peaked = 8 * torch.randn(6, vocabulary, generator=generator)
     logits = torch.cat([flat, peaked])
     for top_p, top_k in itertools.product([None, 0.05, 0.5, 0.95, 1.0], [None, 1, 5, 45, 5000]):
         sampling = params(temperature=temperature, top_p=top_p, top_k=top_k)
         expected = by_definition(logits, sampling)
         torch.testing.assert_close(dense(logits, sampling), expected, atol=1e-6, rtol=1e-4)
-    assert (by_definition(flat, params(top_p=0.95)) > 0).sum(-1).min() > min(NUCLEUS_ROOM, 0.5 * vocabulary)
+    assert (by_definition(flat, params(top_p=0.95)) > 0).sum(-1).min() > min(NUCLEUS_ROOMS[-1], 0.5 * vocabulary)
 
 
 def test_ties_with_the_kth_candidate_stay():
@@ -126,9 +126,12 @@ def test_ties_with_the_kth_candidate_stay():
     assert (dense(logits, params(top_k=5, top_p=0.5)) > 0).sum(-1).tolist()[1] in (150, 151)
 
 
-@pytest.mark.parametrize("width", [1, 9, 60, 64])
-def test_largest_equals_topk(width):
-    logits = 3 * torch.randn(20, 64, generator=torch.Generator().manual_seed(2))
+@pytest.mark.parametrize(
+    ("width", "vocabulary"), [(1, 64), (9, 64), (60, 64), (64, 64), (1, 1030), (4, 1030), (7, 1800)]
+)
+def test_largest_equals_topk(width, vocabulary):
+    logits = 3 * torch.randn(20, vocabulary, generator=torch.Generator().manual_seed(2))
+    logits[1, -3:] = 100.0  # where no whole block reaches
     logits[:, 5], logits[:, 6], logits[0, 7] = -torch.inf, 0.0, torch.inf
     values, ids = largest(logits, width)
     assert torch.equal(values, logits.topk(width).values)
