@@ -280,14 +280,17 @@ class Engine:
 
     def look(self, rows: list[Row], index_R: Tensor, select_RW: Tensor) -> tuple[Tensor, Tensor]:
         """(states_XD, place_N): the last hidden states at selected positions, and which of them each selected position of
-        each row has. Rows that have not revealed anything yet and stand on equal canvases are one input."""
+        each row has. Rows that have not revealed anything yet, stand on equal canvases and look at the same positions are
+        one input."""
         if self.cache is not None:
             return self.look_through_windows(self.cache, rows, index_R, select_RW)
+        # Of `origin` each row looks elsewhere, and attention from other positions beside it may round otherwise.
+        alike = self.params.algorithm != "origin"
         first: dict[bytes, int] = {}
         source: list[int] = []  # the row behind each distinct input
         input_R: list[int] = []
         for number, row in enumerate(rows):
-            if row.passes == 0 and row.key in first:
+            if alike and row.passes == 0 and row.key in first:
                 input_R.append(first[row.key])
                 continue
             if row.passes == 0:
@@ -391,8 +394,12 @@ class Engine:
 
     def choose(self, score_N: Tensor, index_R: Tensor, select_RW: Tensor, count_R: Tensor) -> Tensor:
         """reveal_RW: of each row `count_R` selected positions, the highest scores or drawn by them."""
-        if self.params.alg_temp > 0:
-            score_N = perturbed(score_N, self.uniform(index_R.tolist(), select_RW), self.params.alg_temp)
+        num_R = select_RW.sum(1)
+        free_R = count_R < num_R  # a row that reveals all it looks at has no choice, and asks for no numbers: alone it would not
+        if self.params.alg_temp > 0 and bool(free_R.any()):
+            free_N, score_N = free_R.repeat_interleave(num_R), score_N.double()
+            uniform_n = self.uniform(index_R[free_R].tolist(), select_RW[free_R])
+            score_N[free_N] = perturbed(score_N[free_N], uniform_n, self.params.alg_temp)
         return highest(score_N, select_RW, count_R)
 
     def retire(self) -> list[tuple[int, Filled]]:
