@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from diffrl.config import LoraConfig
 from diffrl.models.head import VocabularyHead
-from diffrl.sampler.approximate import KeyValueShape
+from diffrl.sampler.windows import KeyValueShape
 
 Backbone = Qwen2ForCausalLM | LlamaForCausalLM
 BackboneConfig = Qwen2Config | LlamaConfig

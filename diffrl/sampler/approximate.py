@@ -4,7 +4,7 @@
 
 `cache` (Fast-dLLM, arXiv 2505.22618): keys and values are those of an earlier pass outside a window, which alone is
 computed. The window begins at the block; with `prefix` it reaches to the end of the row, with `dual` to the end of the
-block. A whole pass is made when a block begins, and every `refresh_every` passes.
+block. A whole pass is made when a block begins, and every `refresh_every` passes. See windows.py.
 
 How many positions a pass reveals, at least one (the schedule and `steps` then play no part):
 - `confidence_threshold`: those whose most probable token has this probability or more (Fast-dLLM).
@@ -17,10 +17,8 @@ The first three rank positions by the model's own distribution, at temperature 1
 `early_end`: once an end token is revealed, everything behind it is filled with it and not computed; its probability is
 NaN. Only for rows whose holes reach to the end.
 
-Shapes: as in engine.py; Q columns of a window, K sorted positions of a row.
+Shapes: as in engine.py; K sorted positions of a row.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -61,61 +59,3 @@ def after_end(
     is_end_RW = revealed_RW & torch.isin(ids_RW, torch.tensor(end_ids, device=ids_RW.device))
     behind_RW = is_end_RW.long().cumsum(1) > 0
     return hidden_RW & behind_RW, ids_RW.gather(1, is_end_RW.long().argmax(1, keepdim=True))[:, 0]
-
-
-@dataclass(slots=True)
-class Window:
-    """What a pass computes of a row that has a cache. Window(first=31, last=64, refresh=False)"""
-
-    first: int  # column in the batch
-    last: int  # the one behind
-    refresh: bool  # a whole pass
-
-
-class KeyValues:
-    """Keys and values of the active rows, of each layer [R, N, W, H]; rows and columns move as the engine's do."""
-
-    def __init__(self):
-        self.layers: list[tuple[Tensor, Tensor]] = []
-
-    def of(self, index_R: Tensor, num_rows: int, width: int, like: "KeyValueShape") -> list[tuple[Tensor, Tensor]]:
-        """Those of some rows; all of them at once are not copied."""
-        if not self.layers or self.layers[0][0].shape[0] != num_rows or self.layers[0][0].shape[2] != width:
-            self.layers = [
-                (self.fitted(k, num_rows, width), self.fitted(v, num_rows, width)) for k, v in self.layers
-            ] or [(like.zeros(num_rows, width), like.zeros(num_rows, width)) for _ in range(like.num_layers)]
-        if len(index_R) == num_rows:
-            return self.layers
-        return [(keys[index_R], values[index_R]) for keys, values in self.layers]
-
-    @staticmethod
-    def fitted(old_RNWH: Tensor, num_rows: int, width: int) -> Tensor:
-        """Further rows and columns: rows come at the end, columns on the left."""
-        rows, heads, columns, size = old_RNWH.shape
-        new_RNWH = old_RNWH.new_zeros(num_rows, heads, width, size)
-        common = min(width, columns)
-        new_RNWH[:rows, :, width - common :] = old_RNWH[:, :, columns - common :]
-        return new_RNWH
-
-    def put(self, index_R: Tensor, layers: list[tuple[Tensor, Tensor]]) -> None:
-        """Give back what `of` copied."""
-        for (keys, values), (new_keys, new_values) in zip(self.layers, layers, strict=True):
-            if keys is not new_keys:
-                keys[index_R], values[index_R] = new_keys, new_values
-
-    def keep(self, stay_R: Tensor) -> None:
-        self.layers = [(keys[stay_R], values[stay_R]) for keys, values in self.layers]
-
-
-@dataclass(frozen=True, slots=True)
-class KeyValueShape:
-    """KeyValueShape(num_layers=28, heads=4, head_size=128, dtype=torch.bfloat16, device=torch.device("cpu"))"""
-
-    num_layers: int
-    heads: int
-    head_size: int
-    dtype: torch.dtype
-    device: torch.device
-
-    def zeros(self, num_rows: int, width: int) -> Tensor:
-        return torch.zeros(num_rows, self.heads, width, self.head_size, dtype=self.dtype, device=self.device)

@@ -11,15 +11,16 @@ from bisect import insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffrl.sampler.approximate import KeyValues, Window, after_end, certainties, how_many
+from diffrl.sampler.approximate import after_end, certainties, how_many
 from diffrl.sampler.filters import allowed_tokens, confidences, draw_tokens
 from diffrl.sampler.params import SamplingParams, reveal_counts, reveal_fractions
+from diffrl.sampler.windows import WindowModel, Windows
 
 # Widths are multiples of this, and matrix products have at least this many rows: then CPU kernels add up a row's numbers
 # in the same order whatever else is in the batch.
@@ -109,10 +110,10 @@ class Row:
     canvas: Canvas
     turns: Iterator[tuple[int, float]]  # (step, how many positions it reveals; of `origin`, the share)
     key: bytes  # equal for rows with equal inputs
+    first_hidden: int  # position
     step: int = -1
     reveal: float = 0.0
     passes: float = 0.0
-    cached: tuple[int, int] | None = None  # of a cache: the block it was made for, and the passes since
 
     @property
     def length(self) -> int:
@@ -144,7 +145,7 @@ class Engine:
         self.end_ids = tuple(end_ids)
         if params.early_end and not end_ids:
             raise ValueError("sampling.early_end: needs the ids of end tokens; pass end_ids")
-        self.cache = KeyValues() if params.cache != "none" else None
+        self.windows = Windows(cast(WindowModel, model), params) if params.cache != "none" else None
         self.noise = RowNoise() if noise is None else noise
         self.device = torch.device(device)
         self.allowed_V = allowed_tokens(model.vocab_size, (model.mask_token_id, *banned_ids), vocab_size, self.device)
@@ -178,6 +179,7 @@ class Engine:
             ticket=self.num_added,
             canvas=canvas,
             turns=turns(self.params, canvas),
+            first_hidden=int(canvas.hidden_L.long().argmax()),
             key=ids_L.cpu().numpy().tobytes() + canvas.hidden_L.cpu().numpy().tobytes(),
         )
         insort(self.waiting, (-row.length, row.ticket, row))
@@ -231,9 +233,8 @@ class Engine:
         for row in self.rows:
             row.step, row.reveal = next(row.turns)
         if self.params.block_size is not None:
-            return self.hidden_RW & (
-                torch.arange(self.hidden_RW.shape[1], device=self.device) < self.block_ends()[:, None]
-            )
+            column_W = torch.arange(self.hidden_RW.shape[1], device=self.device)
+            return self.hidden_RW & (column_W < self.blocks()[:, 1:])
         if self.params.algorithm != "origin":
             return self.hidden_RW
         share_R = torch.tensor([row.reveal for row in self.rows], dtype=torch.float64, device=self.device)
@@ -251,9 +252,8 @@ class Engine:
         if self.params.algorithm == "origin" or (by_schedule and bool((count_R >= select_RW.sum(1)).all())):
             reveal_RW = select_RW
             ids_K, _, probability_K = self.draw(states_XD[place_N], index_R, reveal_RW)
-        elif (
-            by_schedule and self.params.algorithm == "maskgit_plus"
-        ):  # ranks positions by the probability of what was drawn
+        elif by_schedule and self.params.algorithm == "maskgit_plus":
+            # Ranks positions by the probability of what was drawn.
             ids_N, score_N, probability_N = self.draw(states_XD[place_N], index_R, select_RW)
             reveal_RW = self.choose(score_N, index_R, select_RW, count_R)
             chosen_N = reveal_RW[select_RW]
@@ -282,8 +282,8 @@ class Engine:
         """(states_XD, place_N): the last hidden states at selected positions, and which of them each selected position of
         each row has. Rows that have not revealed anything yet, stand on equal canvases and look at the same positions are
         one input."""
-        if self.cache is not None:
-            return self.look_through_windows(self.cache, rows, index_R, select_RW)
+        if self.windows is not None:
+            return self.look_through(self.windows, rows, index_R, select_RW)
         # Of `origin` each row looks elsewhere, and attention from other positions beside it may round otherwise.
         alike = self.params.algorithm != "origin"
         first: dict[bytes, int] = {}
@@ -317,85 +317,37 @@ class Engine:
         packed = self.device.type == "cpu"
         return self.model.selected_states(self.ids_RW[index_U], self.attended_RW[index_U], select_UW, packed=packed)
 
-    def look_through_windows(
-        self, cache: KeyValues, rows: list[Row], index_R: Tensor, select_RW: Tensor
+    def look_through(
+        self, windows: Windows, rows: list[Row], index_R: Tensor, select_RW: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As `look`, with a cache: whole passes for rows that need one, windows for the others."""
-        model: Any = self.model
-        width, shift = select_RW.shape[1], int(model.shifted)
-        place_RW = torch.zeros_like(select_RW, dtype=torch.long)
-        windows = [self.window(row, end) for row, end in zip(rows, self.block_ends()[index_R].tolist(), strict=True)]
-        states: list[Tensor] = []
-        for refresh in (True, False):
-            chosen = [i for i, window in enumerate(windows) if window.refresh == refresh]
-            if not chosen:
-                continue
-            chosen_r = torch.tensor(chosen, device=self.device)
-            index_r = index_R[chosen_r]
-            first_r = torch.tensor([windows[i].first for i in chosen], device=self.device)
-            last_r = torch.tensor([windows[i].last for i in chosen], device=self.device)
-            slot_Q = torch.arange(int((last_r - first_r).max()), device=self.device)
-            column_rQ = torch.minimum(first_r[:, None] + slot_Q, last_r[:, None] - 1)
-            attended_rW = self.attended_RW[index_r]
-            positions_rW = (attended_rW.long().cumsum(1) - 1).clamp(min=0)
-            # Each selected position's hidden state, as a slot of the window.
-            row_n, column_n = select_RW[chosen_r].nonzero(as_tuple=True)
-            begin_r = torch.tensor([width - rows[i].length for i in chosen], device=self.device)
-            slot_n = torch.maximum(column_n - shift, begin_r[row_n]) - first_r[row_n]
-            select_rQ = torch.zeros_like(column_rQ, dtype=torch.bool).index_put((row_n, slot_n), torch.tensor(True))
-            place_rQ = (select_rQ.flatten().cumsum(0) - 1).view_as(column_rQ) + sum(map(len, states))
-            place_RW[chosen_r[row_n], column_n] = place_rQ[row_n, slot_n]
-            layers = cache.of(index_r, len(self.rows), width, model.key_value_shape())
-            states.append(
-                model.window_states(
-                    self.ids_RW[index_r].gather(1, column_rQ),
-                    column_rQ,
-                    positions_rW.gather(1, column_rQ),
-                    attended_rW,
-                    select_rQ,
-                    layers,
-                )
-            )
-            cache.put(index_r, layers)
+        """As `look`, at windows of the rows alone."""
+        width = select_RW.shape[1]
+        blocks = self.blocks()[index_R].tolist()
+        planned = [windows.plan(row.ticket, row.length, block, width) for row, block in zip(rows, blocks, strict=True)]
+        for refresh in {window.refresh for window in planned}:
+            sizes = [window.last - window.first for window in planned if window.refresh == refresh]
             self.num_passes += 1
-            self.num_row_passes += len(chosen)
-            self.num_tokens_passed += column_rQ.numel()
-            for i in chosen:
-                useful = min(windows[i].last - windows[i].first, rows[i].length)
-                rows[i].passes += useful / rows[i].length
-                self.num_useful_tokens += useful
-        return torch.cat(states), place_RW[select_RW]
+            self.num_row_passes += len(sizes)
+            self.num_tokens_passed += len(sizes) * max(sizes)
+            self.num_useful_tokens += sum(sizes)
+        for row, window in zip(rows, planned, strict=True):
+            row.passes += (window.last - window.first) / row.length
+        return windows.look(planned, index_R, self.ids_RW, self.attended_RW, select_RW)
 
-    def window(self, row: Row, end: int) -> Window:
-        """What is computed of a row whose first block with hidden positions ends before column `end`."""
-        size, width, shift = self.params.block_size, self.hidden_RW.shape[1], int(cast(Any, self.model).shifted)
+    def blocks(self) -> Tensor:
+        """[R, 2]: the columns of the first block of each row that has hidden positions, and the one behind."""
+        size, width = self.params.block_size, self.hidden_RW.shape[1]
         assert size is not None
-        block, passes = row.cached or (None, 0)
-        if block != end - width or passes + 1 == self.params.refresh_every:
-            row.cached = (end - width, 0)
-            return Window(0, width, refresh=True)
-        row.cached = (end - width, passes + 1)
-        start = self.first_hidden(row) + (end - 1 - self.first_hidden(row)) // size * size
-        return Window(
-            max(width - row.length, start - shift), end if self.params.cache == "dual" else width, refresh=False
-        )
-
-    def first_hidden(self, row: Row) -> int:
-        """The column of the first position that was hidden."""
-        return self.hidden_RW.shape[1] - row.length + int(row.canvas.hidden_L.long().argmax())
-
-    def block_ends(self) -> Tensor:
-        """end_R: the column behind the first block of each row that has hidden positions."""
-        size = self.params.block_size
-        assert size is not None
-        start_R = torch.tensor([self.first_hidden(row) for row in self.rows], device=self.device)
-        first_R = self.hidden_RW.long().argmax(1)
-        return (start_R + ((first_R - start_R) // size + 1) * size).clamp(max=self.hidden_RW.shape[1])
+        first_R = torch.tensor([width - row.length + row.first_hidden for row in self.rows], device=self.device)
+        start_R = first_R + (self.hidden_RW.long().argmax(1) - first_R) // size * size
+        return torch.stack([start_R, (start_R + size).clamp(max=width)], 1)
 
     def choose(self, score_N: Tensor, index_R: Tensor, select_RW: Tensor, count_R: Tensor) -> Tensor:
         """reveal_RW: of each row `count_R` selected positions, the highest scores or drawn by them."""
         num_R = select_RW.sum(1)
-        free_R = count_R < num_R  # a row that reveals all it looks at has no choice, and asks for no numbers: alone it would not
+        free_R = (
+            count_R < num_R
+        )  # a row that reveals all it looks at has no choice, and asks for no numbers: alone it would not
         if self.params.alg_temp > 0 and bool(free_R.any()):
             free_N, score_N = free_R.repeat_interleave(num_R), score_N.double()
             uniform_n = self.uniform(index_R[free_R].tolist(), select_RW[free_R])
@@ -422,8 +374,8 @@ class Engine:
             )
             full.append((row.ticket, filled))
         stay = (~done_R).nonzero().flatten()
-        if self.cache is not None:
-            self.cache.keep(stay)
+        if self.windows is not None:
+            self.windows.keep(stay, [ticket for ticket, _ in full])
         self.rows = [self.rows[i] for i in stay.tolist()]
         self.ids_RW, self.attended_RW, self.hidden_RW, self.step_map_RW, self.probability_RW = (
             tensor[stay]
@@ -504,7 +456,8 @@ def highest(score_N: Tensor, select_RW: Tensor, count_R: Tensor) -> Tensor:
     score_RW = torch.full(select_RW.shape, -torch.inf, dtype=score_N.dtype, device=score_N.device)
     score_RW[select_RW] = score_N
     most = int(count_R.max())
-    columns_RK = score_RW.topk(min(most, select_RW.shape[1]), dim=1).indices
+    # Not topk, which takes equal ones by the width of the batch; what is certain has confidence 1 exactly, so they occur.
+    columns_RK = score_RW.sort(dim=1, descending=True, stable=True).indices[:, :most]
     wanted_RK = torch.arange(columns_RK.shape[1], device=count_R.device) < count_R[:, None]
     return torch.zeros_like(select_RW).scatter_(1, columns_RK, wanted_RK) & select_RW
 
