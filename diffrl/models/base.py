@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from diffrl.compat import DiffusionOutput, diffusion_generate
 from diffrl.config import LoraConfig
 from diffrl.models.head import VocabularyHead
 from diffrl.sampler.windows import KeyValueShape
@@ -140,6 +141,12 @@ class PolicyModel(nn.Module, ABC):
     def logits(self, states_XD: Tensor) -> Tensor:
         """The vocabulary head on (some of) `selected_states`: [X, V]."""
         return self.backbone.lm_head(states_XD)
+
+    def diffusion_generate(
+        self, inputs: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> Tensor | DiffusionOutput:
+        """Under the name, options and defaults of the releases; see diffrl/compat.py."""
+        return diffusion_generate(self, inputs, attention_mask, **options)
 
     def hidden_states(self, ids_BL: Tensor, attention_mask_BL: Tensor, attend_BLL: Tensor | None = None) -> Tensor:
         """Last hidden states; row i belongs to token i. `attend_BLL` (bool) replaces full attention."""

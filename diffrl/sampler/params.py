@@ -7,6 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from diffrl.errors import suggestion
+
 Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
 Cache = Literal["none", "prefix", "dual"]
 REVEAL_RULES = ("confidence_threshold", "confidence_factor", "entropy_budget", "tokens_per_step")
@@ -41,7 +43,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         positive = "null or above 0"
         checks = {
-            "algorithm": (self.algorithm in get_args(Algorithm), f"one of {', '.join(get_args(Algorithm))}"),
+            "algorithm": (
+                self.algorithm in get_args(Algorithm),
+                f"one of {', '.join(get_args(Algorithm))}{suggestion(str(self.algorithm), get_args(Algorithm))}",
+            ),
             "steps": (self.steps >= 1, "at least 1"),
             "temperature": (self.temperature >= 0, "at least 0"),
             "top_p": (self.top_p is None or 0 < self.top_p <= 1, "null or in (0, 1]"),
