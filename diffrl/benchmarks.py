@@ -1,18 +1,21 @@
-"""Benchmarks: which problems are asked, and how a completion becomes the program that is judged."""
+"""Benchmarks: which problems are asked, and how a completion, or a filled span, becomes the program that is judged."""
 
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
-from diffrl.data.problems import load_problems
+from diffrl.data.problems import humaneval_row, load_problems, read_rows
 from diffrl.prompts import extract_code
 from diffrl.types import Problem
 
+INFILLING = "humaneval_infilling"
 BENCHMARKS: dict[str, str] = {"humaneval": "humaneval"}  # benchmark -> format of its file
 
 
 def benchmark_problems(benchmark: str, path: str | Path, *, limit: int | None = None) -> list[Problem]:
     """The problems of a benchmark from its own file; ValueError as in `load_problems`."""
     if benchmark not in BENCHMARKS:
-        raise ValueError(f"benchmark: {benchmark!r} is not known: choose from {', '.join(BENCHMARKS)}")
+        raise ValueError(f"benchmark: {benchmark!r} is not known: choose from {', '.join((*BENCHMARKS, INFILLING))}")
     return load_problems(BENCHMARKS[benchmark], path, limit=limit)
 
 
@@ -35,3 +38,43 @@ def canonical_code(problem: Problem) -> str:
     if problem.solution is None:
         raise ValueError(f"problem {problem.id} has no solution: leave it out of --solutions canonical")
     return problem.solution
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InfillingTask:
+    """A program with a span cut out (HumanEval-Infilling, arXiv 2207.14255; single lines, several lines or random spans).
+
+    InfillingTask(problem=Problem(id="SingleLineInfilling/HumanEval/0/L0", ...), prefix="def f(x):\\n", suffix="    return y\\n",
+                  middle="    y = x\\n")
+    """
+
+    problem: Problem  # its tests; its solution is the whole program
+    prefix: str
+    suffix: str
+    middle: str  # the span that was cut out
+
+    def program(self, middle: str) -> str:
+        """What is judged: the rest of the program is given, so nothing is cut off or added."""
+        return self.prefix + middle + self.suffix
+
+
+def infilling_tasks(path: str | Path, *, limit: int | None = None) -> list[InfillingTask]:
+    """The first `limit` tasks of a file of HumanEval-Infilling (None: all). Raises ValueError as `load_problems`."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}: give 1 or more, or leave it out for the whole file")
+    tasks = []
+    for place, row in islice(read_rows(Path(path)), limit):
+        try:
+            if not isinstance(row.get("suffix"), str):
+                raise ValueError("field 'suffix' is missing: give the rows of HumanEval-Infilling")
+            problem = humaneval_row(row, 0)
+            if not problem.reward_tests:
+                raise ValueError("field 'test' defines no check(candidate): give the rows of HumanEval-Infilling")
+        except ValueError as error:
+            raise ValueError(f"{path} {place} (format {INFILLING}): {error}") from None
+        task = InfillingTask(
+            problem=problem, prefix=row["prompt"], suffix=row["suffix"], middle=row["canonical_solution"]
+        )
+        whole = task.program(task.middle)
+        tasks.append(replace(task, problem=replace(problem, solution=whole, family=INFILLING)))
+    return tasks

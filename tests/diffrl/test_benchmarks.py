@@ -1,6 +1,8 @@
+import re
+
 import pytest
 
-from diffrl.benchmarks import benchmark_problems, canonical_code, completion_to_code
+from diffrl.benchmarks import benchmark_problems, canonical_code, completion_to_code, infilling_tasks
 from diffrl.data.problems import load_problems
 from diffrl.types import Problem
 from tests.diffrl.test_problems import HUMANEVAL, passes, write_jsonl
@@ -38,3 +40,35 @@ def test_canonical_programs_of_humaneval():
     for number in (0, 10, 32, 38, 50, 115, 163):  # four of them use helpers that the prompt gives
         problem = problems[number]
         assert passes(problem, completion_to_code(problem, f"```python\n{canonical_code(problem)}```"))
+
+
+@pytest.mark.parametrize(("name", "num_rows"), [("SingleLineInfilling", 1033), ("RandomSpanInfillingLight", 164)])
+def test_programs_of_infilling_tasks(name, num_rows):
+    tasks = infilling_tasks(shared_file(f"data/humaneval_infilling/HumanEval-{name}.jsonl.gz"))
+    assert len({task.problem.id for task in tasks}) == num_rows
+    for task in tasks:
+        whole = task.program(task.middle)
+        assert whole == canonical_code(task.problem) == f"{task.prefix}{task.middle}{task.suffix}"
+        compile(whole, task.problem.id, "exec", dont_inherit=True)
+    helped = [t for t in tasks if re.search(r"/(32|38|50|115)/", t.problem.id)]  # checks that call a given helper, too
+    assert len(helped) >= 4
+    for task in (tasks[0], *helped, tasks[-1]):
+        assert passes(task.problem, task.program(task.middle)), task.problem.id
+
+
+def test_infilling_rows_that_cannot_be_used(tmp_path):
+    row = {**HUMANEVAL, "suffix": "\n"}
+    [task] = infilling_tasks(write_jsonl(tmp_path / "good.jsonl", row, row), limit=1)
+    assert (task.prefix, task.middle, task.suffix) == (row["prompt"], row["canonical_solution"], "\n")
+    assert passes(task.problem, task.program("    return x**2\n"))
+    with pytest.raises(AssertionError):
+        passes(task.problem, task.program("    return x\n"))
+    for change, message in (
+        ({"suffix": None}, "bad.jsonl line 2 .format humaneval_infilling.: field 'suffix' is missing"),
+        ({"canonical_solution": None}, "line 2 .* field 'canonical_solution' is missing"),
+        ({"test": "assert f(1)"}, "line 2 .* field 'test' defines no check"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            infilling_tasks(write_jsonl(tmp_path / "bad.jsonl", row, {**row, **change}))
+    with pytest.raises(ValueError, match="limit is 0"):
+        infilling_tasks(tmp_path / "good.jsonl", limit=0)
