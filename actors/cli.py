@@ -32,6 +32,11 @@ Address = Annotated[
     list[str] | None, typer.Option(help="host:port of a pod; without one, --backend pod starts one here")
 ]
 TokenFile = Annotated[str | None, typer.Option(help="the pods' secret; else DIFFRL_SANDBOX_TOKEN")]
+Steps = Annotated[int | None, typer.Option(help="denoising steps; else as many as tokens")]
+Temperature = Annotated[float, typer.Option(help="0: the most probable token")]
+TopP = Annotated[float, typer.Option(help="1: all")]
+TopK = Annotated[int, typer.Option(help="0: all")]
+AlgorithmName = Annotated[str, typer.Option(help="origin, maskgit_plus, topk_margin or entropy")]
 AllowUnisolated = Annotated[bool, typer.Option(help="process backend without bubblewrap")]
 
 
@@ -61,20 +66,46 @@ def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command(name="eval")
 def evaluate(
-    benchmark: Annotated[str, typer.Option(help="humaneval")],
+    benchmark: Annotated[str, typer.Option(help="humaneval or humaneval_infilling")],
     data: Annotated[str, typer.Option(help="the benchmark's own file")],
-    solutions: Annotated[str, typer.Option(help="canonical: judge the data set's own solutions")] = "canonical",
+    solutions: Annotated[
+        str | None, typer.Option(help="canonical: judge the data set's own solutions (the default)")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="of humaneval_infilling: the folder that fills the holes")] = None,
+    tokens: Annotated[int | None, typer.Option(help="with --model: tokens of a hole; fewer may be text")] = None,
+    steps: Steps = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 0.95,
+    top_k: TopK = 50,
+    algorithm: AlgorithmName = "entropy",
+    seed: int = 0,
+    limit: Annotated[int | None, typer.Option(help="only the first rows of the file")] = None,
     backend: Backend = "auto",
     image: Image = DEFAULT_IMAGE,
     address: Address = None,
     token_file: TokenFile = None,
     allow_unisolated: AllowUnisolated = False,
 ) -> None:
-    """Judge a benchmark's solutions in the sandbox."""
-    from actors.commands import judge_solutions
+    """Judge a benchmark's own solutions, or what a model makes of it, in the sandbox."""
+    from actors.commands import SampleOptions, judge_model, judge_solutions
 
     options = backend_options(backend, image, address, token_file, allow_unisolated, slots=2)
-    judge_solutions(benchmark, data, solutions, options)
+    if model is None:
+        judge_solutions(benchmark, data, solutions or "canonical", options, limit)
+        return
+    if solutions is not None:
+        raise ConfigError(f"--solutions: {solutions!r} given with --model; give one of them")
+    sampling = SampleOptions(
+        model=model,
+        tokens=tokens,
+        steps=steps,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        algorithm=algorithm,
+        seed=seed,
+    )
+    judge_model(benchmark, data, sampling, options, limit)
 
 
 @app.command()
@@ -123,19 +154,43 @@ def build(
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Option(help="Hugging Face folder, such as runs/quickstart/model")],
-    prompt: Annotated[str, typer.Option(help="what the program should do")],
-    steps: int = 34,
-    tokens: int = 34,
-    temperature: float = 0.0,
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, such as runs/quickstart/model")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="what the program should do; with --infill, a text with holes <fill:N>")
+    ] = None,
+    file: Annotated[str | None, typer.Option(help="read the prompt from this file")] = None,
+    infill: Annotated[
+        bool, typer.Option("--infill", help="fill the holes <fill:N> (N tokens) of the prompt, without a chat template")
+    ] = False,
+    tokens: Annotated[int | None, typer.Option(help="tokens to fill; else 34, with --infill as the holes say")] = None,
+    steps: Steps = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 0.95,
+    top_k: TopK = 50,
+    algorithm: AlgorithmName = "entropy",
     samples: int = 1,
     seed: int = 0,
+    save_svg: Annotated[str | None, typer.Option(help="animated picture of the denoising, of the first sample")] = None,
+    save_html: Annotated[str | None, typer.Option(help="page with a slider over its steps")] = None,
 ) -> None:
-    """Sample completions of one prompt in this process."""
-    from actors.commands import generate_texts
+    """Sample completions of one prompt, or fill the holes of a text, in this process.
 
-    for text in generate_texts(model, prompt, steps, tokens, temperature, samples, seed):
-        print(text)
+    On a terminal a single one is shown while it is denoised; elsewhere only the text is printed. What it took goes to
+    stderr.
+    """
+    from actors.commands import SampleOptions, generate_texts
+
+    sampling = SampleOptions(
+        model=model,
+        tokens=tokens,
+        steps=steps,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        algorithm=algorithm,
+        seed=seed,
+    )
+    generate_texts(sampling, prompt, file=file, infill=infill, samples=samples, save_svg=save_svg, save_html=save_html)
 
 
 def backend_options(

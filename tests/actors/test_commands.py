@@ -1,20 +1,26 @@
 """The commands that a user types, as processes of their own, on the test run's Ray cluster."""
 
+import contextlib
 import gzip
 import json
 import os
+import pty
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
 from ray._private.runtime_env.packaging import create_package
 
+from actors.cli import main
 from diffrl.rollout_store import read_all
 from tests.conftest import RayCluster
+from tests.diffrl.tiny_folder import tiny_folder
 from tests.shared_files import shared_file
 
 ROOT = Path(__file__).parents[2]
@@ -27,11 +33,13 @@ COMMANDS = (
     "diffrl train configs/quickstart.yaml --dry-run",
     "diffrl train configs/mbpp.yaml",
     "diffrl config",
-    "diffrl eval",
+    "diffrl eval --benchmark humaneval --data",
+    "diffrl eval --benchmark humaneval_infilling",
     "diffrl judge --solution",
     "diffrl judge --corpus",
     "diffrl sandbox build",
-    "diffrl generate",
+    "diffrl generate runs",
+    "diffrl generate --infill",
     "ray job submit",
 )
 
@@ -70,6 +78,23 @@ def succeeds(command: list[str], **environment: str) -> str:
     made = run(*command, **environment)
     assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-3000:]
     return made.stdout
+
+
+Called = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Called:
+    """`diffrl ARGUMENTS` in this process: exit status, stdout, stderr."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["diffrl", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        made = capsys.readouterr()
+        return int(ended.value.code or 0), made.out, made.err
+
+    return call
 
 
 def test_every_command_of_the_readme_is_run_here():
@@ -129,7 +154,7 @@ def test_config_and_dry_run_start_nothing(tmp_path: Path):
 
 
 def test_humaneval_canonical_solutions_all_pass():
-    stdout = succeeds(readme("diffrl eval", **{"../shared": str(shared_file(""))}))
+    stdout = succeeds(readme("diffrl eval --benchmark humaneval --data", **{"../shared": str(shared_file(""))}))
     assert stdout.splitlines()[-1] == "humaneval: 164 of 164 canonical solutions pass"
 
 
@@ -162,9 +187,159 @@ def test_judge_a_corpus_of_hostile_programs():
     assert stdout.splitlines()[-1].startswith("programs 42, false_rewards 0, lost 0, wrong 0, hung 0, ")
 
 
-def test_generate_prints_a_completion(tuned_model: Path):
-    command = readme("diffrl generate", **{"runs/quickstart/model": str(tuned_model)})
-    assert "```python" in succeeds([*command, "--tokens", "40"])
+def test_infilling_canonical_middles_all_pass():
+    stdout = succeeds(readme("diffrl eval --benchmark humaneval_infilling", **{"../shared": str(shared_file(""))}))
+    assert stdout.splitlines()[-1] == "humaneval_infilling: 164 of 164 canonical solutions pass"
+
+
+def test_infilling_by_a_model_is_judged(tuned_model: Path, tmp_path: Path, called: Called):
+    """A model that has never seen Python of this kind passes nothing; where any middle passes, its programs do."""
+    with gzip.open(shared_file("data/humaneval_infilling/HumanEval-SingleLineInfilling.jsonl.gz"), "rt") as file:
+        rows = [json.loads(line) for line in file][:3]
+    easy = {**rows[0], "task_id": "easy", "entry_point": "f"}
+    easy |= {"prompt": 'def f(x):\n    """', "suffix": '"""\n    return 3\n'}
+    easy["test"] = "def check(candidate):\n    assert candidate(0) == 3\n"
+    data = tmp_path / "rows.jsonl"
+    command = ["eval", "--benchmark", "humaneval_infilling", "--data", str(data), "--model", str(tuned_model)]
+    options = ["--tokens", "4", "--limit", "3", "--backend", "process"]
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, "not reached"]))
+    status, stdout, _ = called(*command, *options)
+    assert status == 0 and stdout.splitlines()[-1] == "humaneval_infilling: pass@1 0.0% (0 of 3)"
+    assert all(row["task_id"] in stdout for row in rows)
+    data.write_text("".join(json.dumps(row) + "\n" for row in [easy, rows[0]]))
+    status, stdout, _ = called(*command, *options)
+    assert status == 0 and stdout.splitlines()[-1] == "humaneval_infilling: pass@1 50.0% (1 of 2)"
+
+
+FIGURES = r"\d+ tokens, \d+ forward passes, [\d.]+ s, [\d.]+ tokens/s"
+
+
+def test_generate_prints_a_completion_and_draws_how_it_came(tuned_model: Path, tmp_path: Path):
+    command = readme(
+        "diffrl generate runs", **{"runs/quickstart/model": str(tuned_model), "f.html": f"{tmp_path}/f.html"}
+    )
+    made = run(*command, "--tokens", "40", "--save-svg", f"{tmp_path}/f.svg", "--steps", "41")
+    assert made.returncode == 0, made.stderr
+    assert "```python" in made.stdout and "\x1b" not in made.stdout + made.stderr
+    explained, figures = made.stderr.splitlines()
+    assert explained == "diffrl: --steps: 41 for 40 tokens; steps that reveal nothing cost nothing"
+    assert re.fullmatch(FIGURES, figures) and figures.startswith("40 tokens, ")
+    page, picture = (tmp_path / "f.html").read_text(), ElementTree.parse(tmp_path / "f.svg").getroot()
+    tips = [title.text or "" for title in picture.iter("{http://www.w3.org/2000/svg}title")][1:]
+    assert len(tips) == page.count("data-frame=") == 40
+    assert all(tip in page and tip.startswith("step ") for tip in tips)
+    assert "Write f(x) that returns x plus 3." in page
+
+
+def test_generate_on_a_terminal_shows_tokens_as_they_come(tuned_model: Path):
+    command = ("diffrl", "generate", str(tuned_model), "Write f(x) that returns x plus 3.", "--tokens", "12")
+    plain = succeeds([*command])
+    shown, stderr = on_a_terminal(command)
+    frames = shown.split("\x1b[2K")
+    masks = [frame.count("\x1b[2m[MASK]\x1b[0m") for frame in re.split(r"(?:\r(?:\x1b\[1A)?\x1b\[2K)+", shown)]
+    assert len(frames) > 10 and masks[0] == 11 and max(masks) == 11
+    assert [count for count in masks if count] == sorted((count for count in masks if count), reverse=True)
+    assert shown.count("\x1b[1;30;42m") >= 10  # what is new
+    assert shown.replace("\r\n", "\n").endswith("\x1b[2K" + plain)
+    assert re.fullmatch(FIGURES + "\n", stderr)
+
+
+def on_a_terminal(command: Sequence[str]) -> tuple[str, str]:
+    """What a program writes to a terminal of its own, and to stderr."""
+    master, terminal = pty.openpty()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = os.environ | {"PATH": path, "TERM": "xterm-256color", "COLUMNS": "200", "LINES": "50"}
+    env.pop("NO_COLOR", None)
+    written = b""
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=terminal, stderr=subprocess.PIPE, text=True) as program:
+        os.close(terminal)
+        with contextlib.suppress(OSError):  # how the end of a terminal is told
+            while read := os.read(master, 1 << 16):
+                written += read
+        os.close(master)
+        assert program.stderr is not None
+        stderr = program.stderr.read()
+    assert program.returncode == 0, stderr
+    return written.decode(), stderr
+
+
+def test_infill_keeps_what_is_given(tuned_model: Path, tmp_path: Path, called: Called):
+    command = readme("diffrl generate --infill", **{"runs/quickstart/model": str(tuned_model)})
+    status, stdout, stderr = called(*command[1:])
+    assert status == 0 and stdout.startswith("def f(x): return ") and stdout.count("\n") >= 1
+    assert stderr.startswith("6 tokens, ")
+    (tmp_path / "text").write_text("# é <\ndef f(x):\n    return <fill:3>\n\nassert f(<fill:2>) == 4\n")
+    status, stdout, _ = called("generate", str(tuned_model), "--infill", "--file", str(tmp_path / "text"), "--samples", "2",
+                               "--temperature", "1.5", "--top-k", "0")  # fmt: skip
+    texts = re.findall(r"# é <\ndef f\(x\):\n    return (.*?)\n\nassert f\((.*?)\) == 4\n", stdout, re.DOTALL)
+    assert status == 0 and len(set(texts)) == 2
+    assert "fill" not in stdout and "im_end" not in stdout
+
+
+BAD_GENERATION = {
+    "steps": (["x", "--steps", "0"], ["--steps: 0", "at least 1"]),
+    "temperature": (["x", "--temperature", "-0.5"], ["--temperature: -0.5", "at least 0"]),
+    "top_p": (["x", "--top-p", "1.5"], ["--top-p: 1.5"]),
+    "top_k": (["x", "--top-k", "-1"], ["--top-k: -1"]),
+    "algorithm": (["x", "--algorithm", "entropie"], ["--algorithm: 'entropie'", "did you mean 'entropy'?"]),
+    "tokens": (["x", "--tokens", "0"], ["--tokens: 0"]),
+    "samples": (["x", "--samples", "0"], ["--samples: 0"]),
+    "no hole": (["x", "--infill"], ["--infill", "none", "<fill:8>"]),
+    "hole of nothing": (["x <fill:0>", "--infill"], ["<fill:0>", "at least 1"]),
+    "hole of no number": (["x <fill:n>", "--infill"], ["'<fill:n>'", "<fill:8>"]),
+    "tokens of holes": (["<fill:3>", "--infill", "--tokens", "3"], ["--tokens: 3", "--infill"]),
+    "no prompt": ([], ["prompt", "--file"]),
+    "two prompts": (["x", "--file", "README.md"], ["prompt", "--file"]),
+    "no file": (["--file", "/nowhere"], ["--file: /nowhere", "No such file"]),
+    "file that is no text": (["--file", sys.executable], ["--file", "UTF-8"]),
+    "no folder to save to": (["x", "--save-html", "/nowhere/x.html"], ["--save-html: /nowhere/x.html"]),
+    "folder as file": (["x", "--save-svg", "/tmp"], ["--save-svg: /tmp"]),
+    "too long": (["x " * 70, "--tokens", "1000"], ["1000 to fill", "more than the 1024"]),
+    "too long to fill": (["x <fill:123456789012>", "--infill"], ["123456789012 to fill", "more than the 1024"]),
+    "no weights": (["x"], ["model.safetensors"]),  # what all others are found out before
+}
+
+
+@pytest.mark.parametrize("name", BAD_GENERATION)
+def test_bad_generation_is_one_line_before_weights_are_read(
+    name: str, tuned_model: Path, tmp_path: Path, called: Called
+):
+    for file in tuned_model.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    args, expected = BAD_GENERATION[name]
+    one_line(called("generate", str(tmp_path), *args), expected)
+
+
+def test_what_is_no_model_folder_is_refused(tmp_path: Path, called: Called):
+    for path in (tmp_path, tmp_path / "nowhere", ROOT / "README.md"):
+        one_line(called("generate", str(path), "x"), ["MODEL", str(path), "config.json"])
+    data = str(shared_file("data/humaneval_infilling/HumanEval-SingleLineInfilling.jsonl.gz"))
+    for args, expected in (
+        (["humaneval_infilling", "--model", str(tmp_path), "--tokens", "4"], ["MODEL", "config.json"]),
+        (["humaneval_infilling", "--model", str(tmp_path)], ["--tokens"]),
+        (["humaneval_infilling", "--model", str(tmp_path), "--tokens", "4", "--steps", "0"], ["--steps: 0"]),
+        (["humaneval", "--model", str(tmp_path), "--tokens", "4"], ["--model", "humaneval_infilling"]),
+        (["humaneval_infilling", "--model", "x", "--solutions", "canonical"], ["--solutions", "--model"]),
+        (["humaneval_infilling", "--limit", "0"], ["limit is 0"]),
+        (["humaneval_infiling"], ["'humaneval_infiling'", "humaneval_infilling"]),
+    ):
+        one_line(called("eval", "--data", data, "--benchmark", *args), expected)
+
+
+def test_a_row_longer_than_the_context_is_named(tmp_path: Path, called: Called):
+    data = str(shared_file("data/humaneval_infilling/HumanEval-SingleLineInfilling.jsonl.gz"))
+    model = str(tiny_folder(tmp_path, max_positions=32))
+    made = called("eval", "--data", data, "--benchmark", "humaneval_infilling", "--model", model, "--tokens", "4")
+    one_line(made, ["SingleLineInfilling/HumanEval/0/L0", "4 to fill", "more than the 32"])
+
+
+def one_line(made: tuple[int, str, str], expected: list[str]) -> None:
+    """Exit status 2, nothing on stdout, one line on stderr that holds all of this."""
+    status, stdout, stderr = made
+    assert status == 2 and stdout == "" and len(stderr.splitlines()) == 1, made
+    for text in expected:
+        assert text in stderr
 
 
 def test_job_submit(ray_cluster: RayCluster, tmp_path: Path):
