@@ -17,7 +17,7 @@ from actors.learner import Learner
 from actors.pool import GroupBuffer, Pipeline, Request
 from actors.prepare import Prepared, prepare
 from actors.system import System
-from actors.telemetry import Telemetry, pool_metrics
+from actors.telemetry import Telemetry, pool_metrics, sampling_metrics
 from actors.weights import Weights, fetch, fetch_tensors
 from diffrl.batches import StepRollouts, differs, rollout_metrics, scoring_batch, train_batch
 from diffrl.config import ModelConfig, RLConfig
@@ -91,10 +91,12 @@ class Run:
     def step(self, step: int) -> None:
         """One iteration of the algorithm box: sample, judge and score, learn, publish."""
         clock = Clock()
-        before = self.system.judges.broadcast("stats")
+        before, sampled_before = self.system.judges.broadcast("stats"), self.system.rollouts.broadcast("stats")
         drawn = self.rollouts()
         clock.mark("time/rollouts")
         pools = pool_metrics(before, self.system.judges.broadcast("stats"), clock.times["time/rollouts"])
+        num_tokens = sum(r.num_tokens for s in (*drawn.scored, *drawn.replaced) for r in s.group.rollouts)
+        sampling = sampling_metrics(sampled_before, self.system.rollouts.broadcast("stats"), num_tokens)
         batch = train_batch(drawn.scored, drawn.scoring, drawn.ref_logprobs, self.config)
         self.record(step, drawn, batch)
         clock.mark("time/record")
@@ -108,7 +110,7 @@ class Run:
         restarts["restarts/learner"] = self.learner.num_rebuilds
         metrics = {**rollout_metrics(drawn.scored), "rollout/replaced_groups": float(len(drawn.replaced))}
         metrics["weights/bytes"] = self.weights.num_bytes
-        self.telemetry.step(step, {**metrics, **result.metrics}, {**clock.times, **restarts, **pools})
+        self.telemetry.step(step, {**metrics, **result.metrics}, {**clock.times, **restarts, **pools, **sampling})
         self.check_update(step, result)
 
     def rollouts(self) -> StepRollouts:

@@ -19,7 +19,8 @@ from diffrl.types import Problem, RolloutGroup, ScoredGroup
 
 # How Ray says that a worker, or the node with its results, is gone.
 WORKER_LOST = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
-MAX_IN_FLIGHT = 2  # per worker: one running, one waiting, so that a worker never idles between calls
+# Per worker that does one thing at a time: one running, one waiting, so that a worker never idles between calls.
+MAX_IN_FLIGHT = 2
 MAX_DEATHS = 3  # of workers in a row without a single result, per worker of the pool
 
 
@@ -43,8 +44,10 @@ class Call:
 class WorkerPool:
     """Hands calls to workers and replaces those that die."""
 
-    def __init__(self, make_worker: Callable[[], Any], size: int):
+    def __init__(self, make_worker: Callable[[], Any], size: int, *, in_flight: int = MAX_IN_FLIGHT):
+        """`in_flight`: calls that a worker has at a time."""
         self.make_worker = make_worker
+        self.in_flight = in_flight
         self.workers = [make_worker() for _ in range(size)]
         self.waiting: deque[Call] = deque()
         self.running: dict[ray.ObjectRef, tuple[Call, int, Any]] = {}  # call, slot, worker
@@ -67,7 +70,7 @@ class WorkerPool:
             call = self.waiting.popleft()
             slots = [s for s in range(len(load)) if s != call.avoid or len(load) == 1]
             slot = min(slots, key=lambda s: load[s])
-            if load[slot] >= MAX_IN_FLIGHT:
+            if load[slot] >= self.in_flight:
                 self.waiting.append(call)
                 continue
             ref = getattr(self.workers[slot], call.method).remote(*call.args)

@@ -1,77 +1,114 @@
 """The rollout worker: problems in, groups of sampled completions out."""
 
+from collections.abc import Sequence
+from typing import Literal
+
 import numpy as np
 import ray
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from actors.batcher import Batcher, RolloutStats
 from actors.weights import PolicyHolder, Weights
-from diffrl.batches import pad_prompt
-from diffrl.models.tokens import decode, end_ids, length_with_end, special_id
+from diffrl.models.tokens import decode, end_ids, length_with_end
 from diffrl.prompts import chat_ids
-from diffrl.sampler import SamplingParams, sample
+from diffrl.sampler import Canvas, Engine, Filled, SamplingParams
 from diffrl.types import Problem, Rollout, RolloutGroup
 
 
 class RolloutWorker:
-    """Samples groups. Every forward pass has the same shape, [group size, max_prompt_tokens + completion_tokens],
-    so a row never sees how the work was spread over workers.
+    """Samples groups, for as many threads as call it: their rows share forward passes of up to `max_tokens` positions.
+
+    What a group holds depends on its own call alone (the sampler's contract), not on what is sampled beside it.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, *, max_prompt_tokens: int, completion_tokens: int, threads: int
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        completion_tokens: int,
+        max_tokens: int,
+        threads: int,
+        dtype: Literal["float32", "bfloat16"] | None = None,
+        compile: bool = False,
     ):
         torch.set_num_threads(threads)
         self.tokenizer = tokenizer
-        self.max_prompt_tokens = max_prompt_tokens
         self.completion_tokens = completion_tokens
-        self.holder = PolicyHolder("cuda" if torch.cuda.is_available() else "cpu")
+        self.max_tokens = max_tokens
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.holder = PolicyHolder(device, None if dtype is None else getattr(torch, dtype), compile=compile)
+        self.batcher = Batcher()
 
     @ray.method
     def pull(self, weights: Weights) -> int:
         """Load a version ahead of the work; the returned version is the acknowledgement."""
-        self.holder.at(weights)
+        with self.batcher.idle:
+            self.holder.at(weights)
         return weights.version
 
     @ray.method
+    def stats(self) -> RolloutStats:
+        return self.batcher.stats
+
+    @ray.method
     def generate(
-        self, problem: Problem, ordinal: int, seeds: tuple[int, ...], params: SamplingParams, weights: Weights
+        self,
+        problem: Problem,
+        ordinal: int,
+        seeds: tuple[int, ...],
+        params: SamplingParams,
+        weights: Weights,
     ) -> RolloutGroup:
         """One group: len(seeds) completions of `problem` under exactly this version of the policy."""
-        model = self.holder.at(weights)
-        prompt = np.asarray(chat_ids(self.tokenizer, problem), dtype=np.int32)
-        prompt_ids_BP, prompt_mask_BP = pad_prompt(
-            prompt, len(seeds), self.max_prompt_tokens, special_id(self.tokenizer, "pad")
-        )
-        result = sample(
-            model,
-            prompt_ids_BP.to(self.holder.device),
-            prompt_mask_BP.to(self.holder.device),
-            num_tokens=self.completion_tokens,
-            params=params,
-            seeds=seeds,
-            vocab_size=len(self.tokenizer),
-        )
-        ids_BC = result.completion_ids_BC.cpu().numpy().astype(np.int32)
-        steps_BC = result.step_map_BC.cpu().numpy().astype(np.int32)
-        ends = end_ids(self.tokenizer)
-        rollouts = []
-        for index, seed in enumerate(seeds):
-            num_tokens = length_with_end(ids_BC[index], ends)
-            rollouts.append(
-                Rollout(
-                    sample_index=index,
-                    seed=seed,
-                    completion_ids_C=ids_BC[index],
-                    step_map_C=steps_BC[index],
-                    num_tokens=num_tokens,
-                    text=decode(self.tokenizer, ids_BC[index][:num_tokens], ends),
-                )
-            )
+        prompt_P = np.asarray(chat_ids(self.tokenizer, problem), dtype=np.int32)
+        rollouts = self.sample(prompt_P, seeds, range(len(seeds)), params, weights)
         return RolloutGroup(
             problem=problem,
             ordinal=ordinal,
             policy_version=weights.version,
-            prompt_ids_P=prompt,
-            rollouts=tuple(rollouts),
+            prompt_ids_P=prompt_P,
+            rollouts=rollouts,
+        )
+
+    def sample(
+        self,
+        prompt_P: np.ndarray,
+        seeds: Sequence[int],
+        indices: Sequence[int],
+        params: SamplingParams,
+        weights: Weights,
+    ) -> tuple[Rollout, ...]:
+        """The completions of these indices."""
+
+        def engine() -> Engine:
+            return Engine(
+                self.holder.at(weights),
+                params,
+                max_tokens=self.max_tokens,
+                vocab_size=len(self.tokenizer),
+                end_ids=end_ids(self.tokenizer),
+                device=self.holder.device,
+            )
+
+        ids_L = torch.from_numpy(np.pad(prompt_P.astype(np.int64), (0, self.completion_tokens)))
+        hidden_L = torch.arange(len(ids_L)) >= len(prompt_P)
+        canvases = [Canvas(ids_L=ids_L, hidden_L=hidden_L, seed=seeds[index]) for index in indices]
+        filled = self.batcher.fill((weights.version, params), engine, canvases)
+        return tuple(self.rollout(index, seeds[index], row) for index, row in zip(indices, filled, strict=True))
+
+    def rollout(self, index: int, seed: int, row: Filled) -> Rollout:
+        ids_C, step_map_C, probability_C = (
+            tensor[-self.completion_tokens :].cpu().numpy() for tensor in (row.ids_L, row.step_map_L, row.probability_L)
+        )
+        ends = end_ids(self.tokenizer)
+        num_tokens = length_with_end(ids_C, ends)
+        return Rollout(
+            sample_index=index,
+            seed=seed,
+            completion_ids_C=ids_C.astype(np.int32),
+            step_map_C=step_map_C.astype(np.int32),
+            probability_C=probability_C.astype(np.float16),
+            num_tokens=num_tokens,
+            text=decode(self.tokenizer, ids_C[:num_tokens], ends),
         )

@@ -30,13 +30,20 @@ class System:
         self.rollouts = WorkerPool(
             spawner(
                 RolloutWorker,
-                {"num_cpus": rollout.cpus_per_worker, "num_gpus": rollout.gpus_per_worker},
+                {
+                    "num_cpus": rollout.cpus_per_worker,
+                    "num_gpus": rollout.gpus_per_worker,
+                    "max_concurrency": config.groups_in_flight + 1,  # and a question in between
+                },
                 tokenizer,
-                max_prompt_tokens=config.data.max_prompt_tokens,
                 completion_tokens=config.sampling.completion_tokens,
+                max_tokens=config.max_tokens_per_batch,
                 threads=rollout.threads,
+                dtype=rollout.dtype,
+                compile=rollout.compile,
             ),
             rollout.num_workers,
+            in_flight=config.groups_in_flight,
         )
         self.judges = WorkerPool(
             spawner(RewardWorker, {"num_cpus": judge.cpus_per_worker}, config.sandbox, dict(config.reward.weights)),

@@ -8,6 +8,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from actors.batcher import RolloutStats
 from actors.evaluate import PassRates
 from diffrl.run_folder import MetricsFile
 from sandbox.pool import PoolStats
@@ -42,7 +43,8 @@ class Telemetry:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def step(self, step: int, metrics: Mapping[str, float], times: Mapping[str, float]) -> None:
-        """`times` is what may differ between equal runs: seconds, restarts, what the pools of sandboxes did."""
+        """`times` is what may differ between equal runs: seconds, restarts, how rows were batched, what the pools of
+        sandboxes did."""
         self.metrics.write({"step": step, **metrics, **times})
         self.progress.update(self.task, completed=step + 1)
         unjudged = metrics["sandbox/infra_error_frac"]
@@ -79,6 +81,27 @@ class SupervisedTelemetry(Telemetry):
         if (step + 1) % max(1, self.num_steps // 10) == 0:
             loss, accuracy = metrics["loss/diffusion"], metrics["loss/accuracy"]
             self.say(f"step {step + 1:>5}/{self.num_steps}  loss {loss:.3f}  accuracy of hidden tokens {accuracy:.3f}")
+
+
+# What `sampling_metrics` says; none of it belongs to the result of a run.
+SAMPLING_METRICS = ("rollout/forward_passes", "rollout/tokens_per_second", "rollout/useful_share")
+
+
+def sampling_metrics(
+    before: Sequence[RolloutStats], after: Sequence[RolloutStats], num_tokens: int
+) -> dict[str, float]:
+    """What the rollout workers' engines did in a time in which they sampled `num_tokens`, counted up to the end tokens."""
+    passes = passed = useful = busy_s = 0.0
+    for old, new in zip(before, after, strict=True):
+        if new.num_passes < old.num_passes:
+            old = RolloutStats()  # a new worker counts from zero
+        passes += new.num_passes - old.num_passes
+        passed += new.num_tokens_passed - old.num_tokens_passed
+        useful += new.num_useful_tokens - old.num_useful_tokens
+        busy_s += new.busy_s - old.busy_s
+    speed = num_tokens * len(after) / busy_s if busy_s else 0.0  # of all workers together, while they sample
+    values = (passes, round(speed, 1), round(useful / passed, 4) if passed else 0.0)
+    return dict(zip(SAMPLING_METRICS, values, strict=True))
 
 
 def pool_metrics(before: Sequence[PoolStats], after: Sequence[PoolStats], seconds: float) -> dict[str, float]:

@@ -218,8 +218,11 @@ def with_adapter(base: Mapping[str, Tensor], weights: Weights) -> MergedState:
 class PolicyHolder:
     """The model of a worker that only reads weights: follows whatever version it is asked to work with."""
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, dtype: torch.dtype | None = None, *, compile: bool = False):
+        """`dtype` None: that of the weights. `compile`: layers through torch.compile."""
         self.device = device
+        self.dtype = dtype
+        self.compile = compile
         self.version: int | None = None
         self._model: PolicyModel | None = None
         self._base: tuple[Tensors, PackedState] | None = None  # what adapters are added to
@@ -240,7 +243,11 @@ class PolicyHolder:
 
     def build(self, weights: Weights, state: Mapping[str, Tensor]) -> PolicyModel:
         model = build_model(weights.hf_config, state, num_tokens=weights.num_tokens)
-        return model.to(self.device).eval()
+        model = model.to(self.device, self.dtype).eval()
+        if self.compile:
+            for layer in model.backbone.model.layers[:-1]:  # of the last one only parts are called
+                layer.compile(dynamic=True)
+        return model
 
     @torch.no_grad()
     def replace_adapted(self, model: PolicyModel, state: MergedState) -> None:

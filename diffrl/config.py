@@ -16,6 +16,7 @@ from diffrl.estimators import ESTIMATORS, check_estimator
 from diffrl.objectives import OBJECTIVES
 from diffrl.rewards import REWARDS
 from diffrl.sampler import SamplingParams
+from diffrl.sampler.engine import aligned
 from diffrl.views import T_DISTRIBUTIONS, ViewOptions
 
 Stage = Literal["pretrain", "midtrain", "sft", "rl"]
@@ -239,6 +240,9 @@ class RolloutConfig(Section):
     cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     threads: Positive = 1  # of torch, in each worker
+    max_tokens_per_batch: Positive = 16_384  # rows x width of a forward pass; at least one group
+    dtype: Literal["float32", "bfloat16"] | None = None  # None: of the published weights
+    compile: bool = False  # torch.compile of all layers but the last, on a GPU: a CPU's passes are not of a fixed shape
     max_staleness: Annotated[int, Field(ge=0)] = 0  # updates a rollout may lag behind
 
     @model_validator(mode="after")
@@ -383,6 +387,21 @@ class RLConfig(Section):
     report: ReportConfig | None = None
     stop: StopConfig = StopConfig()
     ray: RayConfig = RayConfig()
+
+    @property
+    def tokens_per_group(self) -> int:
+        """Positions that a group of the longest prompts has in a forward pass of the sampler."""
+        return self.method.group_size * aligned(self.data.max_prompt_tokens + self.sampling.completion_tokens)
+
+    @property
+    def max_tokens_per_batch(self) -> int:
+        """Of the sampler; a whole group always fits."""
+        return max(self.rollout.max_tokens_per_batch, self.tokens_per_group)
+
+    @property
+    def groups_in_flight(self) -> int:
+        """Per rollout worker: as many as fit into a batch, and one that takes the place of the first to finish."""
+        return self.max_tokens_per_batch // self.tokens_per_group + 1
 
     @property
     def num_reference_workers(self) -> int:

@@ -17,12 +17,13 @@ import pyarrow.parquet as pq
 from diffrl.prompts import build_prompt
 from diffrl.types import Judgement, Rollout, RolloutGroup, ScoredGroup
 
-SCHEMA_VERSION = 2  # raise it with every change of a column
+SCHEMA_VERSION = 3  # raise it with every change of a column
 _VERSION_KEY = b"diffrl.rollout_store.version"
 _FILE_NAME = re.compile(r"step_(\d{6,})\.parquet")
 
 # "element" is Parquet's own name for the items of a list: with it a file comes back with exactly this schema
 _INT32S = pa.list_(pa.field("element", pa.int32()))
+_FLOAT16S = pa.list_(pa.field("element", pa.float16()))
 _STRINGS = pa.list_(pa.field("element", pa.string()))
 
 SCHEMA = pa.schema(
@@ -37,6 +38,7 @@ SCHEMA = pa.schema(
         pa.field("completion_ids", _INT32S, nullable=False),  # the whole window
         pa.field("num_tokens", pa.int32(), nullable=False),  # up to and including the first end token
         pa.field("step_map", _INT32S, nullable=False),  # denoising step of each position
+        pa.field("probability", _FLOAT16S, nullable=False),  # of each token when it was revealed, at temperature 1
         pa.field("statuses", _STRINGS),  # null: the judge failed
         pa.field("reward", pa.float64(), nullable=False),  # meaningless when not valid
         pa.field("format", pa.float64(), nullable=False),
@@ -116,6 +118,7 @@ def _row(step: int, group: RolloutGroup, rollout: Rollout, judgement: Judgement,
         "completion_ids": rollout.completion_ids_C,
         "num_tokens": rollout.num_tokens,
         "step_map": rollout.step_map_C,
+        "probability": rollout.probability_C,
         "statuses": None if judgement.statuses is None else list(judgement.statuses),
         "reward": judgement.reward,
         "format": judgement.format,

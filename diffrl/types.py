@@ -39,13 +39,14 @@ class Rollout:
     """One sampled completion.
 
     Rollout(sample_index=3, seed=8812..., completion_ids_C=array([412, 9, ...]), step_map_C=array([4, 0, ...]),
-            num_tokens=23, text="```python\\ndef f(x): ...")
+            probability_C=array([0.93, 0.41, ...]), num_tokens=23, text="```python\\ndef f(x): ...")
     """
 
     sample_index: int
     seed: int
     completion_ids_C: np.ndarray  # int32, the whole window, end and padding tokens included
     step_map_C: np.ndarray  # int32, the denoising step at which each position was revealed
+    probability_C: np.ndarray  # float16, what the policy itself gave each token when it was revealed
     num_tokens: int  # up to and including the first end token
     text: str  # decoded, up to the first end token
 

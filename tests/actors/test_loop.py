@@ -14,7 +14,7 @@ from actors.learner import Learner
 from actors.pool import Pipeline
 from actors.prepare import prepare
 from actors.system import System
-from actors.telemetry import Telemetry
+from actors.telemetry import SAMPLING_METRICS, Telemetry
 from diffrl.config import RLConfig
 from diffrl.errors import RunStoppedError
 from diffrl.models.folders import load_model, load_state_dict
@@ -24,7 +24,7 @@ from diffrl.saved_batch import load_batch
 from diffrl.types import RolloutGroup, ScoredGroup, ScoringBatch
 from tests.actors.conftest import rl_config
 
-VOLATILE = ("time/", "restarts/", "pool/", "weights/")
+VOLATILE = ("time/", "restarts/", "pool/", "weights/", *SAMPLING_METRICS)
 
 
 def metric_lines(run_dir: Path) -> list[str]:
@@ -271,3 +271,10 @@ def test_shuffled_rewards_are_a_permutation_within_groups(ray_cluster, tuned_mod
         b = sorted(r["advantage"] for r in shuffled[start : start + 4])
         assert a == pytest.approx(b, abs=1e-6)
     assert [r["advantage"] for r in plain] != [r["advantage"] for r in shuffled]
+
+
+def test_metrics_say_how_rows_were_batched(plain_run: Path):
+    rows = [json.loads(line) for line in (plain_run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row["rollout/forward_passes"] >= 10 and row["rollout/tokens_per_second"] > 0
+        assert 0.5 < row["rollout/useful_share"] <= 1

@@ -1,5 +1,7 @@
 """Pools and pipeline on real actors that fail in the ways the pools are made for."""
 
+import threading
+
 import numpy as np
 import pytest
 import ray
@@ -18,7 +20,7 @@ PASSED = Judgement(reward=2.5, format=1.0, pass_rate=1.0, statuses=("passed",), 
 def group_of(ordinal: int, num_rollouts: int = 2) -> RolloutGroup:
     ids = np.zeros(3, dtype=np.int32)
     rollouts = tuple(
-        Rollout(sample_index=i, seed=i, completion_ids_C=ids, step_map_C=ids, num_tokens=3, text="")
+        Rollout(sample_index=i, seed=i, completion_ids_C=ids, step_map_C=ids, probability_C=ids, num_tokens=3, text="")
         for i in range(num_rollouts)
     )
     return RolloutGroup(problem=PROBLEM, ordinal=ordinal, policy_version=0, prompt_ids_P=ids, rollouts=rollouts)
@@ -108,6 +110,35 @@ def test_calls_of_dead_workers_are_made_again(ray_cluster):
                 results[call.key] = result
         assert results == {value: value * value for value in range(6)}
         assert pool.num_restarts == 2
+    finally:
+        pool.close()
+
+
+class Meeting:
+    """Answers when three calls are there together."""
+
+    def __init__(self):
+        self.three = threading.Barrier(3)
+
+    def work(self, value: int) -> int:
+        self.three.wait(timeout=30)
+        return value
+
+
+def test_a_worker_has_as_many_calls_at_a_time_as_it_may(ray_cluster):
+    remote = ray.remote(Meeting).options(num_cpus=0.1, max_concurrency=3)
+    pool = WorkerPool(remote.remote, 2, in_flight=3)
+    try:
+        for value in range(12):
+            pool.submit(value, "work", value)
+            assert len(pool.running) == min(value + 1, 6)
+        done = set()
+        while pool.running:
+            ready, _ = ray.wait(list(pool.running), num_returns=1)
+            finished = pool.finish(ready[0])
+            assert finished is not None
+            done.add(finished[2])
+        assert done == set(range(12))
     finally:
         pool.close()
 

@@ -35,7 +35,9 @@ def group_of(*texts: str, tests: tuple[str, ...] = TESTS) -> RolloutGroup:
     problem = Problem(id="p", prompt="Square.", prompt_tests=(), reward_tests=tests)
     ids = np.zeros(3, dtype=np.int32)
     rollouts = tuple(
-        Rollout(sample_index=i, seed=i, completion_ids_C=ids, step_map_C=ids, num_tokens=3, text=text)
+        Rollout(
+            sample_index=i, seed=i, completion_ids_C=ids, step_map_C=ids, probability_C=ids, num_tokens=3, text=text
+        )
         for i, text in enumerate(texts)
     )
     return RolloutGroup(problem=problem, ordinal=0, policy_version=0, prompt_ids_P=ids, rollouts=rollouts)

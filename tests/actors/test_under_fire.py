@@ -62,6 +62,7 @@ class Sampler:
                 seed=seed,
                 completion_ids_C=ids,
                 step_map_C=ids,
+                probability_C=ids,
                 num_tokens=1,
                 text=f"```python\n{PROGRAMS[program_of(ordinal, index)][0]}\n```",
             )

@@ -20,6 +20,7 @@ def scored(ordinal: int, *judgements: Judgement) -> ScoredGroup:
             seed=2**64 - 1 - i,
             completion_ids_C=np.array([ordinal, i, 2**31 - 1], dtype=np.int32),
             step_map_C=np.array([2, 0, 1], dtype=np.int32),
+            probability_C=np.array([0.5, 0.1, np.nan], dtype=np.float16),
             num_tokens=2,
             text=f"é\x00{i}",
         )
@@ -39,6 +40,8 @@ def test_a_step_comes_back_as_it_was(tmp_path):
     table = read_step(path)
     assert table.schema.equals(SCHEMA, check_metadata=True)
     rows = table.to_pylist()
+    half, tenth, unknown = rows[0].pop("probability")
+    assert (half, tenth) == (0.5, np.float16(0.1)) and np.isnan(unknown)
     assert [(row["ordinal"], row["sample_index"], row["advantage"]) for row in rows] == [
         (7, 0, 0.5),
         (7, 1, 0.0),
@@ -75,7 +78,7 @@ def test_files_are_zstd_and_carry_the_schema_version(tmp_path):
     path = write_step(tmp_path, 0, [scored(0, JUDGED)], [0.0])
     metadata = pq.read_metadata(path)
     assert {metadata.row_group(0).column(i).compression for i in range(metadata.num_columns)} == {"ZSTD"}
-    assert pq.read_schema(path).metadata[b"diffrl.rollout_store.version"] == b"2"
+    assert pq.read_schema(path).metadata[b"diffrl.rollout_store.version"] == b"3"
 
 
 def test_writing_a_step_again_replaces_it(tmp_path):
@@ -124,8 +127,8 @@ def test_advantages_must_fit_the_rollouts(tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        (None, "has no rollout schema version, this diffrl reads 2: use the diffrl that wrote it"),
-        ({"diffrl.rollout_store.version": "1"}, "has rollout schema version 1, this diffrl reads 2"),
+        (None, "has no rollout schema version, this diffrl reads 3: use the diffrl that wrote it"),
+        ({"diffrl.rollout_store.version": "1"}, "has rollout schema version 1, this diffrl reads 3"),
     ],
 )
 def test_other_schema_versions_are_refused(tmp_path, metadata, message):
