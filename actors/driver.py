@@ -22,6 +22,7 @@ from actors.weights import Weights, fetch, fetch_tensors
 from diffrl.batches import StepRollouts, differs, rollout_metrics, scoring_batch, train_batch
 from diffrl.config import ModelConfig, RLConfig
 from diffrl.data.sources import prompt_stream
+from diffrl.drift import beyond_limits, drift_metrics, guarded
 from diffrl.errors import RunStoppedError
 from diffrl.models.folders import save_folder
 from diffrl.models.lora import save_adapter
@@ -68,6 +69,8 @@ class Run:
         self.buffer = GroupBuffer(self.config.train.prompts_per_step * (self.config.rollout.max_staleness + 1))
         self.prompts = prompt_stream(prepared.problems, self.config.seed)
         self.evaluator = Evaluator(system.rollouts, system.judges, self.config)
+        self.params = self.config.sampling.params()  # of rollouts; without approximations from when the guard says so
+        self.watched: list[dict[str, float]] = []  # the guard's metrics of each step
         self.best: tuple[float, int] | None = None  # pass@1 and step
         telemetry.say(f"sandbox: {', '.join(filter(None, sandbox_choice(prepared).values()))}")
         if prepared.num_left_out:
@@ -110,6 +113,7 @@ class Run:
         restarts["restarts/learner"] = self.learner.num_rebuilds
         metrics = {**rollout_metrics(drawn.scored), "rollout/replaced_groups": float(len(drawn.replaced))}
         metrics["weights/bytes"] = self.weights.num_bytes
+        metrics |= self.watch(step, drawn)
         self.telemetry.step(step, {**metrics, **result.metrics}, {**clock.times, **restarts, **pools, **sampling})
         self.check_update(step, result)
 
@@ -139,6 +143,9 @@ class Run:
             ordinal, problem = next(self.prompts)
             self.buffer.reserve(ordinal)
             requests.append(self.request(ordinal, problem))
+        if not self.params.is_exact:
+            chosen = guarded([request.seeds for request in requests], self.config.sampling.guard_share)
+            requests = [replace(request, guarded=g) for request, g in zip(requests, chosen, strict=True)]
         finished = self.pipeline.run(requests, on_sampled, self.system.reference, ref_logprobs.__setitem__)
         for group in finished:
             self.buffer.commit(group)
@@ -172,8 +179,24 @@ class Run:
         seeds = [
             derive_seed(self.config.seed, "rollout", ordinal, index) for index in range(self.config.method.group_size)
         ]
-        params = self.config.sampling.params()
-        return Request(ordinal=ordinal, problem=problem, seeds=tuple(seeds), params=params, weights=self.weights)
+        return Request(ordinal=ordinal, problem=problem, seeds=tuple(seeds), params=self.params, weights=self.weights)
+
+    def watch(self, step: int, drawn: StepRollouts) -> dict[str, float]:
+        """Metrics of the guard over approximate sampling, nothing in an exact run. Beyond its limits the run goes on exactly."""
+        if self.config.sampling.params().is_exact:
+            return {}
+        if not self.params.is_exact:
+            metrics = drift_metrics([*drawn.scored, *drawn.replaced])
+            self.watched.append(metrics)
+            if reasons := beyond_limits(self.watched, self.config.sampling):
+                self.params = self.params.exactly()
+                self.telemetry.say(
+                    f"sampling: exact from step {step + 2} on: {'; '.join(reasons)} "
+                    f"(means over {self.config.sampling.guard_window} steps)"
+                )
+        else:
+            metrics = {}
+        return {**metrics, "sampling/fallback": float(self.params.is_exact)}
 
     def publish(self, version: int) -> None:
         """The learner's policy becomes the current version; the reference's stays beside it."""

@@ -42,8 +42,8 @@ class PassRates:
 
 
 class Evaluator:
-    """Pass rates of one version of the policy. Every sample must be judged, so the judge is tried more often than in a
-    step of training, where a sample may be left out."""
+    """Pass rates of one version of the policy, sampled exactly even where rollouts are not. Every sample must be judged,
+    so the judge is tried more often than in a step of training, where a sample may be left out."""
 
     def __init__(self, rollouts: WorkerPool, judges: WorkerPool, config: RLConfig):
         self.pipeline = Pipeline(rollouts, judges, judge_attempts=EVALUATION_ATTEMPTS * config.sandbox.attempts)
@@ -56,7 +56,7 @@ class Evaluator:
 
         Raises RunStoppedError when the judge failed on a sample: a failure of ours is not counted as one of the model.
         """
-        params = self.config.sampling.params(temperature)
+        params = self.config.sampling.params(temperature).exactly()
         requests = [
             Request(
                 ordinal=index,

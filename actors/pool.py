@@ -142,6 +142,7 @@ class Request:
     seeds: tuple[int, ...]
     params: SamplingParams
     weights: Weights
+    guarded: tuple[int, ...] = ()  # indices of samples to take once more, exactly
 
 
 class Pipeline:
@@ -171,6 +172,7 @@ class Pipeline:
                 request.seeds,
                 request.params,
                 request.weights,
+                request.guarded,
             )
         groups: dict[int, tuple[RolloutGroup, ray.ObjectRef]] = {}
         attempts: dict[int, int] = {}
@@ -193,7 +195,8 @@ class Pipeline:
                 attempts[ordinal] = attempts.get(ordinal, 0) + 1
                 if all(j.valid for j in value) or attempts[ordinal] >= self.judge_attempts:
                     del groups[ordinal]
-                    yield ScoredGroup(group=group, judgements=value)
+                    own = len(group.rollouts)
+                    yield ScoredGroup(group=group, judgements=value[:own], twin_judgements=value[own:])
                 else:
                     self.judges.submit(ordinal, "score", ref, value, avoid=slot)
             else:

@@ -31,8 +31,8 @@ class RewardWorker:
 
     @ray.method
     def score(self, group: RolloutGroup, previous: tuple[Judgement, ...] | None = None) -> tuple[Judgement, ...]:
-        """One judgement per rollout; with `previous`, only those that another worker failed to judge are judged again."""
-        known = previous or (NOT_JUDGED,) * len(group.rollouts)
+        """One judgement per rollout and twin; with `previous`, only what another worker failed to judge is judged again."""
+        known = previous or (NOT_JUDGED,) * len(group.judged)
 
         def judge(index: int) -> Judgement:
             return known[index] if known[index].valid else self.judge(group, index)
@@ -41,7 +41,7 @@ class RewardWorker:
             return tuple(threads.map(judge, range(len(known))))
 
     def judge(self, group: RolloutGroup, index: int) -> Judgement:
-        text = group.rollouts[index].text
+        text = group.judged[index].text
         code = completion_to_code(group.problem, text)
         problem = group.problem
         if not code.strip():  # nothing to run: every test would fail on the missing name

@@ -59,16 +59,20 @@ class RolloutWorker:
         seeds: tuple[int, ...],
         params: SamplingParams,
         weights: Weights,
+        guarded: tuple[int, ...] = (),
     ) -> RolloutGroup:
-        """One group: len(seeds) completions of `problem` under exactly this version of the policy."""
+        """One group: len(seeds) completions of `problem` under exactly this version of the policy. Those at the indices
+        `guarded` are sampled without approximations too, with the same seeds."""
         prompt_P = np.asarray(chat_ids(self.tokenizer, problem), dtype=np.int32)
         rollouts = self.sample(prompt_P, seeds, range(len(seeds)), params, weights)
+        twins = self.sample(prompt_P, seeds, guarded, params.exactly(), weights)
         return RolloutGroup(
             problem=problem,
             ordinal=ordinal,
             policy_version=weights.version,
             prompt_ids_P=prompt_P,
             rollouts=rollouts,
+            twins=twins,
         )
 
     def sample(

@@ -110,8 +110,7 @@ class SamplingConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 0.95
     top_k: Positive | None = 50
     alg_temp: Annotated[float, Field(ge=0)] = 0.0
-
-    # Approximations, see diffrl/sampler/approximate.py.
+    # Approximations, see diffrl/sampler/approximate.py; of rollouts alone, evaluation is exact.
     block_size: Positive | None = None
     cache: Literal["none", "prefix", "dual"] = "none"
     refresh_every: Positive | None = None
@@ -120,6 +119,12 @@ class SamplingConfig(Section):
     entropy_budget: Annotated[float, Field(gt=0)] | None = None
     tokens_per_step: Positive | None = None
     early_end: bool = False
+    # The guard over them, see diffrl/drift.py. The limits are for means over the window of steps.
+    guard_share: Fraction = 0.05  # of the rollouts of a step, at least one, sampled exactly too
+    guard_window: Positive = 10  # steps: 40 pairs with the defaults, so the reward's mean is known to about 0.15
+    guard_min_agreement: Fraction = 0.1  # as low as draws at temperature 1.2 need it; at 0, 0.9 is reasonable
+    guard_max_reward_drop: Annotated[float, Field(ge=0)] = 0.5  # a fifth of what the default rewards can give
+    guard_max_confidence_drift: Fraction = 0.1  # up or down
 
     @model_validator(mode="after")
     def check(self):

@@ -63,6 +63,12 @@ class RolloutGroup:
     policy_version: int
     prompt_ids_P: np.ndarray  # int32, not padded
     rollouts: tuple[Rollout, ...]
+    twins: tuple[Rollout, ...] = ()  # some of them once more, sampled exactly: judged, and never learned from
+
+    @property
+    def judged(self) -> tuple[Rollout, ...]:
+        """All that needs a judgement, in the order in which they are judged."""
+        return self.rollouts + self.twins
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +97,7 @@ class ScoredGroup:
 
     group: RolloutGroup
     judgements: tuple[Judgement, ...]  # one per rollout
+    twin_judgements: tuple[Judgement, ...] = ()  # one per twin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

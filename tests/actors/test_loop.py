@@ -15,9 +15,10 @@ from actors.pool import Pipeline
 from actors.prepare import prepare
 from actors.system import System
 from actors.telemetry import SAMPLING_METRICS, Telemetry
-from diffrl.config import RLConfig
+from diffrl.config import ModelConfig, RLConfig
 from diffrl.errors import RunStoppedError
-from diffrl.models.folders import load_model, load_state_dict
+from diffrl.models.folders import load_model, load_state_dict, save_model
+from diffrl.models.loading import load_policy_tokenizer
 from diffrl.rollout_store import read_all
 from diffrl.run_folder import create_run_folder
 from diffrl.saved_batch import load_batch
@@ -273,8 +274,66 @@ def test_shuffled_rewards_are_a_permutation_within_groups(ray_cluster, tuned_mod
     assert [r["advantage"] for r in plain] != [r["advantage"] for r in shuffled]
 
 
-def test_metrics_say_how_rows_were_batched(plain_run: Path):
+# Approximate sampling and its guard
+
+
+@pytest.fixture(scope="module")
+def overconfident_model(tuned_model: Path, tmp_path_factory) -> Path:
+    """The tuned model with logits a thousand times as large: every position is certain of a token, whatever it sees. At
+    temperature 1000 it draws as the tuned one does at 1."""
+    folder = tmp_path_factory.mktemp("overconfident")
+    model = load_model(tuned_model)
+    with torch.no_grad():
+        model.backbone.model.norm.weight.mul_(1000)
+    save_model(model, folder)
+    load_policy_tokenizer(ModelConfig(path=str(tuned_model))).save_pretrained(folder)
+    return folder
+
+
+def test_the_guard_ends_approximations_that_go_wrong(
+    ray_cluster, overconfident_model: Path, problems_file, tmp_path, capfd
+):
+    sampling = {"confidence_threshold": 0.9, "steps": 40, "temperature": 1000.0}
+    limits = {"guard_share": 0.5, "guard_window": 2, "guard_max_reward_drop": 0.25}
+    for name, workers in (("one", 1), ("two", 2)):
+        config = rl_config(
+            overconfident_model,
+            problems_file,
+            tmp_path / name,
+            sampling=sampling | limits,
+            train={"steps": 4},
+            optim={"lr": 1e-9},
+            rollout={"num_workers": workers},
+        )
+        train(config)
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("sampling: ")]
+    assert len(said) == 2 and said[0] == said[1]
+    assert said[0].startswith("sampling: exact from step 3 on: guard/") and "guard_max_reward_drop 0.25" in said[0]
+    assert metric_lines(tmp_path / "one") == metric_lines(tmp_path / "two")
+    rows = [json.loads(line) for line in metric_lines(tmp_path / "one")]
+    assert [row["sampling/fallback"] for row in rows] == [0, 1, 1, 1]
+    for row in rows[:2]:
+        assert row["guard/agreement"] < 0.9 and row["guard/reward_difference"] < 0 and row["guard/rollouts"] >= 1
+    assert not any(key.startswith("guard/") for row in rows[2:] for key in row)
+    table = read_all(tmp_path / "one" / "rollouts").to_pylist()
+    assert len(table) == 4 * 16, "twins are in the record"
+    num_steps = [len(set(row["step_map"])) for row in table]
+    assert set(num_steps[:32]) == {1} and set(num_steps[32:]) == {39}
+    assert min(rows[2]["reward/mean"], rows[3]["reward/mean"]) > max(rows[0]["reward/mean"], rows[1]["reward/mean"])
+
+
+def test_the_guard_lets_good_approximations_pass(ray_cluster, tuned_model, problems_file, tmp_path):
+    """One token after the other, as the schedule has it but for its first and last step."""
+    sampling = {"tokens_per_step": 1, "steps": 40, "temperature": 0.0, "guard_window": 1, "guard_min_agreement": 0.9}
+    train(rl_config(tuned_model, problems_file, tmp_path / "run", sampling=sampling, train={"steps": 2}))
+    rows = [json.loads(line) for line in metric_lines(tmp_path / "run")]
+    assert [row["sampling/fallback"] for row in rows] == [0, 0]
+    assert all(row["guard/agreement"] > 0.9 and row["guard/rollouts"] >= 1 for row in rows)
+
+
+def test_an_exact_run_has_no_guard(plain_run: Path):
     rows = [json.loads(line) for line in (plain_run / "metrics.jsonl").read_text().splitlines()]
+    assert not any(key.startswith(("guard/", "sampling/")) for row in rows for key in row)
     for row in rows:
         assert row["rollout/forward_passes"] >= 10 and row["rollout/tokens_per_second"] > 0
         assert 0.5 < row["rollout/useful_share"] <= 1

@@ -29,7 +29,7 @@ def group_of(ordinal: int, num_rollouts: int = 2) -> RolloutGroup:
 class Sampler:
     """Answers with an empty group of the ordinal that was asked for."""
 
-    def generate(self, problem, ordinal, seeds, params, weights) -> RolloutGroup:
+    def generate(self, problem, ordinal, seeds, params, weights, guarded) -> RolloutGroup:
         return group_of(ordinal, len(seeds))
 
 

@@ -226,7 +226,7 @@ def test_a_group_depends_on_its_own_call_alone(worker: RolloutWorker, problems: 
         together = list(threads.map(lambda call: worker.generate(*call), calls))
     assert worker.stats().num_passes > before.num_passes
     for a, b in zip(alone, together, strict=True):
-        assert (a.problem, a.ordinal, a.policy_version) == (b.problem, b.ordinal, 3)
+        assert (a.problem, a.ordinal, a.policy_version, a.twins) == (b.problem, b.ordinal, 3, ())
         assert [r.text for r in a.rollouts] == [r.text for r in b.rollouts]
         for x, y in zip(a.rollouts, b.rollouts, strict=True):
             assert (x.sample_index, x.seed, x.num_tokens) == (y.sample_index, y.seed, y.num_tokens)
@@ -236,6 +236,19 @@ def test_a_group_depends_on_its_own_call_alone(worker: RolloutWorker, problems: 
             assert y.probability_C.dtype == "float16" and 0 < y.probability_C.min() <= y.probability_C.max() <= 1
             assert sorted(set(y.step_map_C.tolist())) == list(range(10))
     assert any("def" in r.text for group in together for r in group.rollouts)
+
+
+def test_twins_are_what_exact_sampling_gives(worker: RolloutWorker, problems: list[Problem]):
+    exact = replace(PARAMS, steps=40, temperature=0.0)
+    fast = replace(exact, tokens_per_step=20)
+    guarded = worker.generate(problems[0], 0, (1, 2, 3), fast, WEIGHTS, (0, 2))
+    plain = worker.generate(problems[0], 0, (1, 2, 3), exact, WEIGHTS)
+    assert [(t.sample_index, t.seed) for t in guarded.twins] == [(0, 1), (2, 3)]
+    for twin in guarded.twins:
+        expected = plain.rollouts[twin.sample_index]
+        assert twin.text == expected.text and (twin.step_map_C == expected.step_map_C).all()
+        assert guarded.rollouts[twin.sample_index].step_map_C.max() == 1 < twin.step_map_C.max()
+    assert guarded.judged == guarded.rollouts + guarded.twins
 
 
 def test_pull_waits_for_the_engine(worker: RolloutWorker):

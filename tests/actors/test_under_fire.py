@@ -54,7 +54,7 @@ def program_of(ordinal: int, index: int) -> str:
 class Sampler:
     """Answers with the programs that belong to the ordinal."""
 
-    def generate(self, problem, ordinal, seeds, params, weights) -> RolloutGroup:
+    def generate(self, problem, ordinal, seeds, params, weights, guarded) -> RolloutGroup:
         ids = np.zeros(1, dtype=np.int32)
         rollouts = tuple(
             Rollout(
