@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv system engine quickstart quickstart-seeds bench-judge bench-learner test test-slow lint clean
+.PHONY: venv system engine quickstart quickstart-seeds bench-judge bench-learner bench-sampler test test-slow lint clean
 
 venv: $(STAMP)
 
@@ -50,6 +50,9 @@ bench-judge: venv system
 
 bench-learner: venv
 	$(BIN)/python -m tests.benchmarks.learner
+
+bench-sampler: venv
+	$(BIN)/python -m tests.benchmarks.sampler
 
 lint: venv
 	$(BIN)/ruff format --check .

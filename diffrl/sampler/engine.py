@@ -345,9 +345,8 @@ class Engine:
     def choose(self, score_N: Tensor, index_R: Tensor, select_RW: Tensor, count_R: Tensor) -> Tensor:
         """reveal_RW: of each row `count_R` selected positions, the highest scores or drawn by them."""
         num_R = select_RW.sum(1)
-        free_R = (
-            count_R < num_R
-        )  # a row that reveals all it looks at has no choice, and asks for no numbers: alone it would not
+        # A row that reveals all it looks at has no choice, and asks for no numbers: alone it would not.
+        free_R = count_R < num_R
         if self.params.alg_temp > 0 and bool(free_R.any()):
             free_N, score_N = free_R.repeat_interleave(num_R), score_N.double()
             uniform_n = self.uniform(index_R[free_R].tolist(), select_RW[free_R])
