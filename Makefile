@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv system engine quickstart quickstart-seeds bench-judge bench-learner bench-sampler test test-slow lint clean
+.PHONY: venv system engine quickstart quickstart-seeds bench-judge bench-learner bench-sampler bench-sampler-frontier test test-slow lint clean
 
 venv: $(STAMP)
 
@@ -53,6 +53,9 @@ bench-learner: venv
 
 bench-sampler: venv
 	$(BIN)/python -m tests.benchmarks.sampler
+
+bench-sampler-frontier: venv system  # after make quickstart
+	$(BIN)/python -m tests.benchmarks.sampler_frontier runs/quickstart/model
 
 lint: venv
 	$(BIN)/ruff format --check .
