@@ -295,6 +295,19 @@ def test_a_row_is_the_same_in_any_company(model, algorithm, temperature):
                 assert_same(got, alone[where[id(row)]])
 
 
+@pytest.mark.parametrize("alg_temp", [0.0, 0.4])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_siblings_are_the_same_together_and_alone(model, algorithm, alg_temp):
+    """Equal canvases, which may be one input at first."""
+    sampling = params(algorithm=algorithm, alg_temp=alg_temp, top_k=20, steps=4)
+    generator = torch.Generator().manual_seed(4)
+    for num in (3, 9, 30):
+        first = canvas(generator, 5, num)
+        siblings = [replace(first, seed=seed) for seed in range(6)] + [canvas(generator, 2, 12, steps=9)]
+        for got, row in zip(fill(model, siblings, sampling), siblings, strict=True):
+            assert_same(got, fill(model, [row], sampling)[0])
+
+
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_padding_on_the_left_changes_no_bit(model, temperature):
     sampling = params(temperature=temperature, top_k=20, steps=6)
