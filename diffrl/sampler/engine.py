@@ -26,7 +26,7 @@ from diffrl.sampler.windows import WindowModel, Windows
 # in the same order whatever else is in the batch.
 ALIGNMENT = 16
 # Elements of the logits that exist at a time.
-HEAD_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
+HEAD_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
 class Denoiser(Protocol):

@@ -124,7 +124,9 @@ def filtered_head(
     if top_k is not None:
         keep_nK = values_nK >= values_nK[:, top_k - 1 : top_k]  # ties with the k-th stay
     if top_p is not None:
-        cumulative_nK = (values_nK - logits_nV.logsumexp(-1, keepdim=True)).exp_().cumsum(-1)
+        # The largest value is known, so one pass over the vocabulary is enough for the normalizer.
+        total_n1 = (logits_nV - values_nK[:, :1]).exp_().sum(-1, keepdim=True)
+        cumulative_nK = ((values_nK - values_nK[:, :1]).exp_() / total_n1).cumsum(-1)
         keep_nK[:, 1:] &= cumulative_nK[:, :-1] <= top_p  # the token that crosses top_p stays
     decided_n = ~keep_nK[:, -1] if width < logits_nV.shape[-1] else torch.ones_like(keep_nK[:, 0])
     return values_nK.masked_fill_(~keep_nK, -torch.inf).softmax(-1), ids_nK, decided_n

@@ -91,7 +91,27 @@ CASES = (
         places=0,
         rounds=3,
     ),
-    # Approximate modes: cases without places, for their passes depend on those before.
+    # Approximate modes, whole runs of 64 steps.
+    *(
+        Case(
+            name=f"T=0, {cache} cache, blocks of 32",
+            size="S",
+            vocab_size=32768,
+            params=params(64, **GREEDY, cache=cache, block_size=32),
+            goal=goal,
+            places=0,
+            rounds=1,
+        )
+        for cache, goal in (("prefix", 3.5), ("dual", 5.0))
+    ),
+    Case(
+        name="T=0, 4 tokens a step",
+        size="S",
+        vocab_size=32768,
+        params=params(64, **GREEDY, tokens_per_step=4),
+        places=0,
+        rounds=1,
+    ),
 )
 
 
