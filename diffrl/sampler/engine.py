@@ -8,7 +8,7 @@ go through the last layer and the head, N positions that the rows look at (row-m
 """
 
 from bisect import insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Protocol, cast
@@ -25,8 +25,8 @@ from diffrl.sampler.windows import WindowModel, Windows
 # Widths are multiples of this, and matrix products have at least this many rows: then CPU kernels add up a row's numbers
 # in the same order whatever else is in the batch.
 ALIGNMENT = 16
-# Elements of the logits that exist at a time.
-HEAD_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
+# Elements of the logits that exist at a time: 256 MB in float32, for products of few rows are slow; on a GPU 1 GB.
+HEAD_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}
 
 
 class Denoiser(Protocol):
@@ -251,19 +251,24 @@ class Engine:
         by_schedule = self.params.rule in (None, "tokens_per_step")
         if self.params.algorithm == "origin" or (by_schedule and bool((count_R >= select_RW.sum(1)).all())):
             reveal_RW = select_RW
-            ids_K, _, probability_K = self.draw(states_XD[place_N], index_R, reveal_RW)
+            ids_K, _, probability_K = self.draw(self.logits(states_XD[place_N]), index_R, reveal_RW)
         elif by_schedule and self.params.algorithm == "maskgit_plus":
             # Ranks positions by the probability of what was drawn.
-            ids_N, score_N, probability_N = self.draw(states_XD[place_N], index_R, select_RW)
+            ids_N, score_N, probability_N = self.draw(self.logits(states_XD[place_N]), index_R, select_RW)
             reveal_RW = self.choose(score_N, index_R, select_RW, count_R)
             chosen_N = reveal_RW[select_RW]
             ids_K, probability_K = ids_N[chosen_N], probability_N[chosen_N]
         else:
             score = confidences if by_schedule else certainties
-            score_N = torch.cat([score(logits_nV, self.params) for logits_nV in self.logits(states_XD)])[place_N]
+            scores, logits_nV = [], states_XD
+            for logits_nV in self.logits(states_XD):
+                scores.append(score(logits_nV, self.params))
+            score_N = torch.cat(scores)[place_N]
             count_R = count_R if by_schedule else how_many(score_N, select_RW, self.params)
             reveal_RW = self.choose(score_N, index_R, select_RW, count_R)
-            ids_K, _, probability_K = self.draw(states_XD[place_N[reveal_RW[select_RW]]], index_R, reveal_RW)
+            place_K = place_N[reveal_RW[select_RW]]
+            pieces = [logits_nV[place_K]] if len(scores) == 1 else self.logits(states_XD[place_K])
+            ids_K, _, probability_K = self.draw(pieces, index_R, reveal_RW)
         row_K, column_K = reveal_RW.nonzero(as_tuple=True)
         row_K = index_R[row_K]
         step_R = torch.tensor([row.step for row in self.rows], device=self.device)
@@ -384,12 +389,12 @@ class Engine:
 
     # The head, in pieces, and random numbers.
 
-    def draw(self, states_ND: Tensor, index_R: Tensor, where_RW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens for the True positions of `where_RW` (no randomness at temperature 0); their probabilities after the
-        filters (of maskgit_plus alone), and what the model itself gives them."""
+    def draw(self, pieces_nV: Iterable[Tensor], index_R: Tensor, where_RW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens for the True positions of `where_RW`, whose logits come in pieces (no randomness at temperature 0); their
+        probabilities after the filters (of maskgit_plus alone), and what the model itself gives them."""
         uniform_N = self.uniform(index_R.tolist(), where_RW) if self.params.temperature > 0 else None
         drawn, stop = [], 0
-        for logits_nV in self.logits(states_ND):
+        for logits_nV in pieces_nV:
             start, stop = stop, stop + len(logits_nV)
             uniform_n = None if uniform_N is None else uniform_N[start:stop]
             ids_n, score_n = draw_tokens(logits_nV, uniform_n, self.allowed_V, self.params)

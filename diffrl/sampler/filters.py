@@ -147,12 +147,13 @@ def largest(logits_nV: Tensor, width: int) -> tuple[Tensor, Tensor]:
         whole = vocabulary // BLOCK * BLOCK
         blocks_nTK = logits_nV[:, :whole].unflatten(1, (-1, BLOCK))
         best_nW = blocks_nTK.amax(-1).topk(width, dim=-1).indices
-        near_nWK = blocks_nTK.gather(1, best_nW[:, :, None].expand(-1, -1, BLOCK))
-        values_nK, place_nK = torch.cat([near_nWK.flatten(1), logits_nV[:, whole:]], 1).topk(width, dim=-1)
-        index_V = torch.arange(vocabulary)
-        ids_nWK = best_nW[:, :, None] * BLOCK + index_V[:BLOCK]
-        rest_nR = index_V[whole:].expand(len(logits_nV), -1)
-        return values_nK, torch.cat([ids_nWK.flatten(1), rest_nR], 1).gather(1, place_nK)
+        near_nK = blocks_nTK.gather(1, best_nW[:, :, None].expand(-1, -1, BLOCK)).flatten(1)
+        if whole < vocabulary:
+            near_nK = torch.cat([near_nK, logits_nV[:, whole:]], 1)
+        values_nK, place_nK = near_nK.topk(width, dim=-1)
+        block_nK = best_nW.gather(1, (place_nK // BLOCK).clamp(max=width - 1))
+        in_block_nK = block_nK * BLOCK + place_nK % BLOCK
+        return values_nK, torch.where(place_nK < width * BLOCK, in_block_nK, place_nK - width * BLOCK + whole)
     bits_nV = logits_nV.contiguous().view(torch.int32)
     falling_nV = ~(bits_nV ^ ((bits_nV >> 31) & 0x7FFFFFFF))  # integers that fall as the floats rise
     index_V = torch.arange(vocabulary)

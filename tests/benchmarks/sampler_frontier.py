@@ -35,21 +35,15 @@ from diffrl.types import Problem, Rollout, RolloutGroup
 NUM_PROBLEMS, SAMPLES, TOKENS, SLICES = 420, 8, 30, 6
 EXACT = SamplingParams(algorithm="entropy", steps=15, temperature=1.0, top_p=None, top_k=None)
 MODES: dict[str, dict[str, Any]] = {
-    "8 steps": {"steps": 8},
     "4 steps": {"steps": 4},
-    "tokens_per_step 4": {"tokens_per_step": 4},
-    "tokens_per_step 8": {"tokens_per_step": 8},
     "confidence_threshold 0.95": {"confidence_threshold": 0.95},
-    "confidence_threshold 0.9": {"confidence_threshold": 0.9},
     "confidence_threshold 0.8": {"confidence_threshold": 0.8},
-    "confidence_factor 0.5": {"confidence_factor": 0.5},
     "confidence_factor 1": {"confidence_factor": 1.0},
     "entropy_budget 0.1": {"entropy_budget": 0.1},
     "entropy_budget 0.4": {"entropy_budget": 0.4},
     "early_end": {"early_end": True},
     "early_end, entropy_budget 0.1": {"early_end": True, "entropy_budget": 0.1},
     "early_end, confidence_threshold 0.9": {"early_end": True, "confidence_threshold": 0.9},
-    "prefix cache, blocks of 10": {"cache": "prefix", "block_size": 10},
     "dual cache, blocks of 10": {"cache": "dual", "block_size": 10},
     "dual cache, blocks of 10, confidence_threshold 0.9": {
         "cache": "dual",
