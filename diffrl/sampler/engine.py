@@ -277,7 +277,8 @@ class Engine:
         self.step_map_RW[row_K, column_K] = step_R[row_K]
         self.probability_RW[row_K, column_K] = probability_K
         if self.params.early_end:
-            fill_RW, token_R = after_end(self.ids_RW, self.step_map_RW >= 0, self.hidden_RW, self.end_ids)
+            revealed_RW = (self.step_map_RW >= 0) & self.attended_RW  # padding has steps too, of no meaning
+            fill_RW, token_R = after_end(self.ids_RW, revealed_RW, self.hidden_RW, self.end_ids)
             self.ids_RW = torch.where(fill_RW, token_R[:, None], self.ids_RW)
             self.hidden_RW = self.hidden_RW & ~fill_RW
             self.step_map_RW = torch.where(fill_RW, step_R[:, None], self.step_map_RW)

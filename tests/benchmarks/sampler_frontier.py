@@ -35,21 +35,16 @@ from diffrl.types import Problem, Rollout, RolloutGroup
 NUM_PROBLEMS, SAMPLES, TOKENS, SLICES = 420, 8, 30, 6
 EXACT = SamplingParams(algorithm="entropy", steps=15, temperature=1.0, top_p=None, top_k=None)
 MODES: dict[str, dict[str, Any]] = {
-    "4 steps": {"steps": 4},
+    "confidence_threshold 0.99": {"confidence_threshold": 0.99},
     "confidence_threshold 0.95": {"confidence_threshold": 0.95},
-    "confidence_threshold 0.8": {"confidence_threshold": 0.8},
     "confidence_factor 1": {"confidence_factor": 1.0},
+    "entropy_budget 0.03": {"entropy_budget": 0.03},
     "entropy_budget 0.1": {"entropy_budget": 0.1},
-    "entropy_budget 0.4": {"entropy_budget": 0.4},
     "early_end": {"early_end": True},
-    "early_end, entropy_budget 0.1": {"early_end": True, "entropy_budget": 0.1},
-    "early_end, confidence_threshold 0.9": {"early_end": True, "confidence_threshold": 0.9},
+    "early_end, entropy_budget 0.03": {"early_end": True, "entropy_budget": 0.03},
+    "early_end, confidence_threshold 0.99": {"early_end": True, "confidence_threshold": 0.99},
+    "early_end, confidence_threshold 0.95": {"early_end": True, "confidence_threshold": 0.95},
     "dual cache, blocks of 10": {"cache": "dual", "block_size": 10},
-    "dual cache, blocks of 10, confidence_threshold 0.9": {
-        "cache": "dual",
-        "block_size": 10,
-        "confidence_threshold": 0.9,
-    },
 }
 
 
@@ -97,6 +92,7 @@ class Judge:
                 seed=0,
                 completion_ids_C=np.zeros(1, dtype=np.int32),
                 step_map_C=np.zeros(1, dtype=np.int32),
+                probability_C=np.ones(1, dtype=np.float16),
                 num_tokens=1,
                 text=text,
             )

@@ -66,7 +66,7 @@ def fill(model: Any, rows: list[Canvas], sampling: SamplingParams, max_tokens: i
 def assert_same(ours: list[Filled], expected: list[Filled]) -> None:
     for a, b in zip(ours, expected, strict=True):
         assert torch.equal(a.ids_L, b.ids_L) and torch.equal(a.step_map_L, b.step_map_L)
-        torch.testing.assert_close(a.probability_L, b.probability_L, atol=1e-5, rtol=0)
+        torch.testing.assert_close(a.probability_L, b.probability_L, atol=1e-5, rtol=0, equal_nan=True)
 
 
 def mixed() -> list[Canvas]:
@@ -190,13 +190,16 @@ def test_several_tokens_a_step(algorithm):
     assert torch.bincount(row.step_map_L[4:]).tolist() == [5, 5, 2]
 
 
-def test_early_end_fills_what_is_behind():
+@pytest.mark.parametrize("end", [END, 0])  # 0 is what padded columns hold, too
+def test_early_end_fills_what_is_behind(end):
     logits = torch.zeros(8, 30)
     logits[torch.arange(8), 20] = torch.tensor([5.0, 4, 3, 9, 2, 8, 1, 1])
-    logits[3, 20], logits[3, END] = 0, 9.0  # the surest position ends the row
+    logits[3, 20], logits[3, end] = 0, 9.0  # the surest position ends the row
     model = Table(logits)
-    row = fill(model, canvases([(2, 8)]), params(steps=8, early_end=True))[0]
-    assert row.ids_L[2:].tolist() == [20] * 3 + [END] * 5
+    engine = Engine(model, params(steps=8, early_end=True), max_tokens=100, end_ids=[end])
+    engine.add(canvases([(2, 8)])[0])
+    row = engine.run()[0]
+    assert row.ids_L[2:].tolist() == [20] * 3 + [end] * 5
     assert row.step_map_L[5:].tolist() == [1] * 5 and row.probability_L[6:].isnan().all()
     assert row.passes == 4 and row.exact_passes == 7
     assert not row.probability_L[:6].isnan().any()
