@@ -10,9 +10,10 @@ rows leave the batch and waiting ones take their places.
 THE CONTRACT
 - At temperature 0: token for token and step for step what the reference algorithm gives.
 - Above: the same distribution as the reference algorithm's, of whole completions.
-- A row's tokens, steps and probabilities depend on its canvas, its seed, the parameters and the model alone. On a CPU to
-  the last bit, whatever else is in the batch, in any order, however wide, whenever rows come and go. (On a GPU a matrix
-  product of another shape may round differently: near-ties, gaps under about 1e-5, can then go the other way.)
+- A row's tokens, steps and probabilities depend on its canvas, its seed, the parameters and the model alone. On a CPU,
+  without approximations, to the last bit, whatever else is in the batch, in any order, however wide, whenever rows come
+  and go. (On a GPU a matrix product of another shape may round differently: near-ties, gaps under about 1e-5, can then go
+  the other way.)
 - [MASK], `banned_ids` and ids from `vocab_size` on are never drawn, so no row falls out of step and every row is complete
   at the end. This departs from the release. They are left out of the draw only: filters and confidences are those of the
   model's own distribution, by which the release ranks positions. Where the filters leave nothing else, the most probable
@@ -23,8 +24,8 @@ row, seeded by the caller; filters and confidences are computed in float32 whate
 
 The release's schedule is kept: with as many steps as tokens it reveals none at the first, two at the last.
 
-params.py: the options and the schedule. filters.py: from logits to tokens. engine.py: rows in, rows filled.
-approximate.py: caches and other short cuts, off by default.
+params.py: the options and the schedule. filters.py: from logits to tokens. rows.py: what goes in and comes out.
+engine.py: rows in, rows filled. approximate.py, windows.py: caches and other short cuts, off by default.
 """
 
 from collections.abc import Sequence
@@ -34,8 +35,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffrl.sampler.engine import Canvas, Denoiser, Engine, Filled, Noise
+from diffrl.sampler.engine import Denoiser, Engine
 from diffrl.sampler.params import SamplingParams
+from diffrl.sampler.rows import Canvas, Filled, Noise
 
 __all__ = ["Canvas", "Denoiser", "Engine", "Filled", "Noise", "SampleResult", "SamplingParams", "sample"]
 

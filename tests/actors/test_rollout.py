@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2Config
 
 from actors.batcher import Batcher, RolloutStats
 from actors.rollout import RolloutWorker
@@ -25,6 +24,7 @@ from diffrl.models.loading import load_policy_tokenizer
 from diffrl.models.tokens import end_ids
 from diffrl.sampler import Canvas, Engine, SamplingParams
 from diffrl.types import Problem
+from tests.diffrl.test_sampler import tiny_dream
 
 MASK = 7
 PARAMS = SamplingParams(algorithm="entropy", steps=64, temperature=1.0, top_p=None, top_k=None)
@@ -33,18 +33,7 @@ PATIENCE_S = 60  # of a test, for what takes milliseconds
 
 @pytest.fixture(scope="module")
 def tiny() -> DreamModel:
-    config = Qwen2Config(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        tie_word_embeddings=False,
-    )
-    config._attn_implementation = "sdpa"
-    return DreamModel.from_config(config, mask_token_id=MASK, generator=torch.Generator().manual_seed(0)).eval()
+    return tiny_dream(layers=3)
 
 
 class Watched(Engine):

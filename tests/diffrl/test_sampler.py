@@ -9,9 +9,10 @@ from transformers import Qwen2Config
 
 from diffrl.models.dream import DreamModel
 from diffrl.sampler import SampleResult, SamplingParams, sample
-from diffrl.sampler.engine import RowNoise, highest, perturbed
+from diffrl.sampler.engine import highest, perturbed
 from diffrl.sampler.filters import NUCLEUS_ROOMS, confidences, draw_tokens, filtered_distributions, largest
 from diffrl.sampler.params import reveal_counts, reveal_fractions
+from diffrl.sampler.rows import RowNoise
 
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 MASK = 7
@@ -21,13 +22,12 @@ def params(**changes) -> SamplingParams:
     return SamplingParams(**{"steps": 4, "temperature": 1.0, "top_p": None, "top_k": None, **changes})
 
 
-@pytest.fixture(scope="module")
-def tiny() -> DreamModel:
+def tiny_dream(layers: int = 2, vocab_size: int = 50) -> DreamModel:
     config = Qwen2Config(
-        vocab_size=50,
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         initializer_range=0.3,
@@ -35,6 +35,11 @@ def tiny() -> DreamModel:
     )
     config._attn_implementation = "sdpa"
     return DreamModel.from_config(config, mask_token_id=MASK, generator=torch.Generator().manual_seed(0)).eval()
+
+
+@pytest.fixture(scope="module")
+def tiny() -> DreamModel:
+    return tiny_dream()
 
 
 class Table:

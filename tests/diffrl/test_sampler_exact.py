@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import Qwen2Config
 
 from diffrl.models.dream import DreamModel
 from diffrl.models.folders import load_model
 from diffrl.sampler import Canvas, Engine, Filled, SamplingParams, engine, sample
 from tests.benchmarks.sampler import peer_generate
+from tests.diffrl.test_sampler import tiny_dream
 from tests.golden_files import golden_file, golden_json
 from tests.test_golden_generate import params_of
 
@@ -232,24 +232,9 @@ def completions(outcomes: Mapping[Outcome, float]) -> Counter[tuple[int, ...]]:
 # Rows and their company.
 
 
-def dream(vocab_size: int = 50) -> DreamModel:
-    config = Qwen2Config(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        tie_word_embeddings=False,
-    )
-    config._attn_implementation = "sdpa"
-    return DreamModel.from_config(config, mask_token_id=7, generator=torch.Generator().manual_seed(0)).eval()
-
-
 @pytest.fixture(scope="module")
 def model() -> DreamModel:
-    return dream()
+    return tiny_dream()
 
 
 def canvas(generator: torch.Generator, prompt: int, num: int, **more: Any) -> Canvas:
@@ -407,7 +392,7 @@ def test_logits_exist_in_small_pieces(monkeypatch, algorithm, top_k):
     """Neither of all positions nor of all hidden ones; and nothing is kept from one step to the next."""
     vocabulary, rows, num = 2000, 8, 24
     monkeypatch.setitem(engine.HEAD_ELEMENTS, "cpu", 20 * vocabulary)
-    model = dream(vocabulary)
+    model = tiny_dream(vocab_size=vocabulary)
     generator = torch.Generator().manual_seed(3)
     prompts = torch.randint(8, vocabulary, (rows, 16), generator=generator)
     peaks = []
