@@ -19,6 +19,8 @@ CHUNK_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28}
 # Exponentials that the forward pass keeps for the backward pass: 256 MB in float32, whatever the batch. On a GPU, where
 # the head is a smaller part of the work and memory is dearer: none.
 KEPT_LOGITS = {"cpu": 1 << 26, "cuda": 0}
+# Tokens of a float32 product on a CPU: a strip of the logits stays in its cache while it is added up.
+STRIP = 1 << 10
 
 
 class VocabularyHead(nn.Linear):
@@ -46,6 +48,8 @@ class VocabularyHead(nn.Linear):
         `chunked`: logits in pieces, computed again in the backward pass, instead of all at once.
         """
         if token_N is None:
+            if input.dim() == 2 and not torch.is_grad_enabled():
+                return _logits(input, self.weight, input.new_empty(len(input), self.out_features))
             return nn.functional.linear(input, self.weight)
         assert position_N is not None
         hidden_XD, weight_VD = input, self.weight
@@ -139,9 +143,12 @@ def _buffer(chunks: list[tuple[tuple[int, int], slice]], hidden_XD: Tensor, weig
 
 def _logits(hidden_XD: Tensor, weight_VD: Tensor, buffer_XV: Tensor) -> Tensor:
     out_XV = buffer_XV[: len(hidden_XD)]
-    if out_XV.dtype == hidden_XD.dtype:
-        return torch.mm(hidden_XD, weight_VD.T, out=out_XV)
-    return out_XV.copy_(hidden_XD @ weight_VD.T)
+    if out_XV.dtype != hidden_XD.dtype:
+        return out_XV.copy_(hidden_XD @ weight_VD.T)
+    strip = STRIP if out_XV.device.type == "cpu" and out_XV.dtype == torch.float32 else len(weight_VD)
+    for start in range(0, len(weight_VD), strip):
+        torch.mm(hidden_XD, weight_VD[start : start + strip].T, out=out_XV[:, start : start + strip])
+    return out_XV
 
 
 def _wide_type(tensor: Tensor) -> torch.dtype:

@@ -75,7 +75,7 @@ class Case:
 CASES = (
     Case(name="as called", size="S", vocab_size=32768, params=params(), goal=6.0),
     Case(name="as called", size="M", vocab_size=32768, params=params(), goal=2.0, rounds=3),
-    Case(name="as called", size="S", vocab_size=152064, params=params(), goal=12.0, places=1, rounds=3),
+    Case(name="as called", size="S", vocab_size=152064, params=params(), goal=12.0, places=1),
     Case(name="T=0", size="S", vocab_size=32768, params=params(**GREEDY), goal=1.7),
     Case(name="T=0", size="S", vocab_size=152064, params=params(**GREEDY), goal=2.3, places=1, rounds=3),
     Case(name="T=1, a nucleus of 20", size="S", vocab_size=32768, params=params(top_k=None), goal=3.0, nucleus=20),
