@@ -28,7 +28,7 @@ from diffrl.supervised import (
 def train_supervised(config: PretrainConfig | SftConfig, *, dry_run: bool = False) -> None:
     """One whole stage: rows, model, training, export as a Hugging Face folder `run_dir/model`
     (and its adapters as `run_dir/adapter`). Raises ConfigError."""
-    torch.set_num_threads(config.train.threads)
+    torch.set_num_threads(config.workers.threads)
     started = time.perf_counter()
     try:
         check_run_folder(Path(config.run_dir), config.model.path)
@@ -37,16 +37,15 @@ def train_supervised(config: PretrainConfig | SftConfig, *, dry_run: bool = Fals
         model = load_policy(config.model, tokenizer, seed=config.seed)
     except ValueError as error:
         raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+    num_steps = config.train.steps or max(1, config.train.epochs * len(rows) // config.train.batch_size)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if dry_run:
-        print(
-            f"ready: {len(rows)} rows, {num_parameters:,} parameters, {config.train.steps} steps; nothing was started"
-        )
+        print(f"ready: {len(rows)} rows, {num_parameters:,} parameters, {num_steps} steps; nothing was started")
         return
     folder = create_run_folder(config)
     optim = config.optim
     options = SupervisedOptions(
-        num_steps=config.train.steps,
+        num_steps=num_steps,
         batch_size=config.train.batch_size,
         lr=optim.lr,
         muon_lr=optim.muon_lr,
@@ -58,14 +57,14 @@ def train_supervised(config: PretrainConfig | SftConfig, *, dry_run: bool = Fals
         bf16=config.train.autocast_bf16,
         seed=config.seed,
     )
-    with SupervisedTelemetry(folder, config.train.steps, config.stage) as telemetry:
+    with SupervisedTelemetry(folder, num_steps, config.stage) as telemetry:
         telemetry.say(f"{config.stage}: {len(rows)} rows, {num_parameters:,} parameters")
         train(model, rows, options, telemetry.update)
     save_model(model, folder / "model")
     if model.lora is not None:
         save_adapter(adapter_state(model), model.lora, folder / "adapter", base_path=config.model.path)
     tokenizer.save_pretrained(folder / "model")
-    print(f"{config.stage}: {config.train.steps} steps in {time.perf_counter() - started:.0f} s -> {folder / 'model'}")
+    print(f"{config.stage}: {num_steps} steps in {time.perf_counter() - started:.0f} s -> {folder / 'model'}")
 
 
 def supervised_rows(config: PretrainConfig | SftConfig, tokenizer: PreTrainedTokenizerFast) -> SupervisedRows:

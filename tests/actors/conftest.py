@@ -53,9 +53,10 @@ def tune(folder: Path, problems: list[Problem], model: dict, *, steps: int) -> P
             "stage": "sft",
             "run_dir": str(folder / "run"),
             "model": model,
-            "data": {"source": "jsonl", "path": str(data), **WINDOW},
+            "data": {"source": "files", "path": str(data), **WINDOW},
             "optim": {"lr": 6e-3, "muon_lr": 0.02, "warmup_steps": 10},
-            "train": {"steps": steps, "batch_size": 18, "threads": 1},
+            "train": {"steps": steps, "batch_size": 18},
+            "workers": {"threads": 1},
         },
         "test",
     )

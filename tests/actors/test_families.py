@@ -204,8 +204,9 @@ def test_a_supervised_stage_exports_both(tmp_path):
                 "tiny": {"hidden_size": 32, "intermediate_size": 48, "num_layers": 1},
                 "lora": {"rank": 2, "targets": ["v_proj"]},
             },
-            "data": {"source": "jsonl", "path": str(data), "max_prompt_tokens": 12, "completion_tokens": 8},
-            "train": {"steps": 2, "batch_size": 2, "threads": 1},
+            "data": {"source": "files", "path": str(data), "max_prompt_tokens": 12, "completion_tokens": 8},
+            "train": {"steps": 2, "batch_size": 2},
+            "workers": {"threads": 1},
         },
         "test",
     )

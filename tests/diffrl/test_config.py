@@ -95,7 +95,7 @@ def test_every_config_loads_and_survives_a_round_trip(path, tmp_path):
     [
         {**SMALLEST, "optim": {"lr": 1e-6}, "eval": {"every": 5, "problems": {"source": "mbpp", "path": "p"}}},
         {**SMALLEST, "reward": {"weights": {"pass_rate": 1.0}}, "sampling": {"top_k": None, "top_p": None}},
-        {"stage": "sft", "data": {"path": "x.jsonl"}, "model": {"dtype": "bfloat16"}, "optim": {"muon_lr": 0.02}},
+        {"stage": "sft", "data": {"path": "x.jsonl"}, "optim": {"muon_lr": 0.02}},
         {"stage": "midtrain", "data": {"path": "yes"}, "run_dir": "1e-3"},  # strings that look like other things
     ],
 )
@@ -416,7 +416,7 @@ def test_values_that_cannot_be_used(overrides, message, base):
     ("text", "message"),
     [
         ("stage: pretrain\ndata: {}", "data.path: None must name a file or folder for source text"),
-        ("stage: sft\ndata: {}", "data.path: None must name a file for source jsonl"),
+        ("stage: sft\ndata: {}", "data.path: None must name a file, a folder or a data set for source files"),
         ("stage: sft\ndata: {source: microcode, wrong_frac: 1.5}", "data.wrong_frac: 1.5 must be less than or equal"),
         ("stage: sft\ndata: {source: microcode}\nmethod: {}", "method: unknown key; known: run_dir, seed, model"),
     ],

@@ -1,15 +1,12 @@
-"""One strict model per stage. Unknown key = error with a suggestion; defaults = the published recipe (DiffuCoder, arXiv
-2506.20639v2, and the release's files where the paper is silent); a config file says only what differs.
-
-Files are read by `config_file.load_config`.
-"""
+"""The config of an RL run: coupled-GRPO, its actors and its judge."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from diffrl.config.base import EngineConfig, Fraction, ModelConfig, Positive, ProblemsConfig, RayConfig, Section
 from diffrl.coupled_grpo import ADVANTAGES
 from diffrl.errors import one_of, require
 from diffrl.estimators import ESTIMATORS, check_estimator
@@ -18,82 +15,6 @@ from diffrl.rewards import REWARDS
 from diffrl.sampler import SamplingParams
 from diffrl.sampler.engine import aligned
 from diffrl.views import T_DISTRIBUTIONS, ViewOptions
-
-Stage = Literal["pretrain", "midtrain", "sft", "rl"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class TinyModel(Section):
-    """Sizes of the model that starts from random weights when `model.path` is not set."""
-
-    hidden_size: Positive = 160
-    intermediate_size: Positive = 480
-    num_layers: Positive = 3
-    num_heads: Positive = 4
-    num_kv_heads: Positive = 2
-    vocab_size: Positive = 1024
-    max_length: Positive = 1024
-
-    @model_validator(mode="after")
-    def check(self):
-        require(
-            self.hidden_size % self.num_heads == 0,
-            "hidden_size",
-            self.hidden_size,
-            f"be a multiple of num_heads {self.num_heads}",
-        )
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            "num_heads",
-            self.num_heads,
-            f"be a multiple of num_kv_heads {self.num_kv_heads}",
-        )
-        return self
-
-
-class LoraConfig(Section):
-    """Low-rank adapters, trained instead of the weights: W + alpha / rank * B A (arXiv 2106.09685)."""
-
-    rank: Positive = 16
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the adapters' input; 0 in RL
-    # Linear layers of the blocks by the end of their name, such as q_proj or 0.mlp.up_proj; None: all of them.
-    targets: Annotated[Sequence[str], Field(min_length=1)] | None = None
-    publish: Literal["merged", "adapter"] = "merged"  # what goes to the workers after every update
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-
-class ModelConfig(Section):
-    path: str | None = None  # a Hugging Face folder; without it a tiny model starts from random weights
-    tiny: TinyModel = TinyModel()
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    lora: LoraConfig | None = None  # None: all weights are trained
-
-
-class ProblemsConfig(Section):
-    """Where problems come from. `microcode` is generated; the others are files."""
-
-    source: Literal["microcode", "mbpp", "humaneval", "problems"] = "problems"
-    path: str | None = None
-    split: Literal["train", "validation", "held_out"] = "train"  # of microcode
-    limit: Positive | None = None
-    num_prompt_tests: Annotated[int, Field(ge=0, le=1)] = 1  # shown in the prompt and therefore not graded
-
-    @model_validator(mode="after")
-    def check(self):
-        needs_path = self.source != "microcode"
-        require(not needs_path or self.path is not None, "path", self.path, f"name a file for source {self.source}")
-        return self
 
 
 class RLData(ProblemsConfig):
@@ -274,43 +195,16 @@ class ReferenceConfig(Section):
     threads: Positive = 1
 
 
-class LearnerConfig(Section):
+class LearnerConfig(EngineConfig):
     """The DeepSpeed engine group."""
 
     num_ranks: Positive = 1
-    zero_stage: Literal[0, 1, 2, 3] = 0  # what the ranks share: 1 optimizer state, 2 and gradients, 3 and parameters
-    offload: Literal["none", "optimizer", "all"] = "none"  # what lives in main memory; all: parameters too
-    stage3_param_persistence_threshold: Annotated[int, Field(ge=0)] = 100_000  # elements; smaller ones stay whole
     max_tokens_per_micro_batch: Positive = 16_384  # rows of distinct inputs x padded length; at least one group
-    recompute: bool = False  # activations of the layers, in the backward pass: less memory, a third more time
-    compile: bool = False  # torch.compile of each layer
     save_every: Positive = 20  # updates; when a rank dies the group is rebuilt from the last save and the batches since
     max_bad_steps: Positive = 4  # optimizer steps in a row with a NaN or infinite loss or gradient; then the run stops
     cpus_per_rank: Annotated[float, Field(ge=0)] = 1.0
     gpus_per_rank: Annotated[float, Field(ge=0)] = 0.0
     threads: Positive = 1
-
-    @model_validator(mode="after")
-    def check(self):
-        require(
-            self.offload == "none" or self.zero_stage >= 1,
-            "offload",
-            self.offload,
-            "be none with zero_stage 0: raise zero_stage",
-        )
-        require(
-            self.offload != "all" or self.zero_stage == 3,
-            "offload",
-            self.offload,
-            f"be optimizer or none with zero_stage {self.zero_stage}: parameters are offloaded by zero_stage 3 only",
-        )
-        require(
-            not self.compile or self.zero_stage < 3,
-            "compile",
-            self.compile,
-            "be false with zero_stage 3, whose hooks gather parameters around every layer",
-        )
-        return self
 
 
 class SandboxConfig(Section):
@@ -366,10 +260,6 @@ class ReportConfig(Section):
 
 class StopConfig(Section):
     patience: Positive | None = None  # evaluations without a better one before the run ends
-
-
-class RayConfig(Section):
-    address: str | None = None  # of a running cluster; None: the job's own, or a new local one
 
 
 class RLConfig(Section):
@@ -477,84 +367,3 @@ class RLConfig(Section):
                 "be leave_one_out with method.compat release",
             )
         return self
-
-
-class SupervisedOptim(Section):
-    lr: Annotated[float, Field(gt=0)] = 1e-5
-    muon_lr: Annotated[float, Field(gt=0)] | None = None  # set: Muon for the blocks' matrices, AdamW for the rest
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    min_lr_ratio: Fraction = 0.1
-
-
-class SupervisedTrain(Section):
-    steps: Positive = 1000
-    batch_size: Positive = 32
-    threads: Positive = 2
-    autocast_bf16: bool = False
-
-
-class CorpusData(Section):
-    """Pre-training text: `microcode` text plus Python's standard library, or files (*.txt, *.py, *.jsonl with `text`)."""
-
-    source: Literal["microcode", "text"] = "text"
-    path: str | None = None
-    sequence_length: Positive = 4096
-    max_stdlib_bytes: Annotated[int, Field(ge=0)] = 4_000_000
-
-    @model_validator(mode="after")
-    def check(self):
-        require(
-            self.source == "microcode" or self.path is not None,
-            "path",
-            self.path,
-            "name a file or folder for source text",
-        )
-        return self
-
-
-class SftData(Section):
-    """Instruction tuning: prompts with completions, only the completion is noised."""
-
-    source: Literal["microcode", "jsonl"] = "jsonl"
-    path: str | None = None
-    max_prompt_tokens: Positive = 512
-    completion_tokens: Positive = 1536
-    wrong_frac: Fraction = 0.0  # of microcode: share of rows whose program is wrong, as in real instruction sets
-    broken_format_frac: Fraction = 0.0
-    pad_weight: Fraction = 1.0  # loss weight of the padding that fills the window after the end token
-
-    @model_validator(mode="after")
-    def check(self):
-        require(self.source == "microcode" or self.path is not None, "path", self.path, "name a file for source jsonl")
-        return self
-
-
-class SupervisedConfig(Section):
-    run_dir: str = "runs/supervised"
-    seed: Annotated[int, Field(ge=0)] = 0
-    model: ModelConfig = ModelConfig()
-    optim: SupervisedOptim = SupervisedOptim()
-    train: SupervisedTrain = SupervisedTrain()
-
-
-class PretrainConfig(SupervisedConfig):
-    stage: Literal["pretrain", "midtrain"]
-    data: CorpusData
-
-
-class SftConfig(SupervisedConfig):
-    stage: Literal["sft"]
-    data: SftData
-
-
-AnyConfig = RLConfig | PretrainConfig | SftConfig
-STAGES: Mapping[str, type[RLConfig] | type[PretrainConfig] | type[SftConfig]] = {
-    "pretrain": PretrainConfig,
-    "midtrain": PretrainConfig,
-    "sft": SftConfig,
-    "rl": RLConfig,
-}

@@ -1,0 +1,122 @@
+"""What the configs of all stages share: strict sections, the model, the training engine, Ray.
+
+Unknown key = error with a suggestion; defaults = the published recipe (DiffuCoder, arXiv 2506.20639v2, and the release's
+files where the paper is silent); a config file says only what differs.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from diffrl.errors import require
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class TinyModel(Section):
+    """Sizes of the model that starts from random weights when `model.path` is not set."""
+
+    hidden_size: Positive = 160
+    intermediate_size: Positive = 480
+    num_layers: Positive = 3
+    num_heads: Positive = 4
+    num_kv_heads: Positive = 2
+    vocab_size: Positive = 1024
+    max_length: Positive = 1024
+
+    @model_validator(mode="after")
+    def check(self):
+        require(
+            self.hidden_size % self.num_heads == 0,
+            "hidden_size",
+            self.hidden_size,
+            f"be a multiple of num_heads {self.num_heads}",
+        )
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_heads",
+            self.num_heads,
+            f"be a multiple of num_kv_heads {self.num_kv_heads}",
+        )
+        return self
+
+
+class LoraConfig(Section):
+    """Low-rank adapters, trained instead of the weights: W + alpha / rank * B A (arXiv 2106.09685)."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the adapters' input; 0 in RL
+    # Linear layers of the blocks by the end of their name, such as q_proj or 0.mlp.up_proj; None: all of them.
+    targets: Annotated[Sequence[str], Field(min_length=1)] | None = None
+    publish: Literal["merged", "adapter"] = "merged"  # what goes to the workers after every update
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+class ModelConfig(Section):
+    path: str | None = None  # a Hugging Face folder; without it a tiny model starts from random weights
+    tiny: TinyModel = TinyModel()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    lora: LoraConfig | None = None  # None: all weights are trained
+
+
+class EngineConfig(Section):
+    """What DeepSpeed makes of the model and its optimizer."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 0  # what the ranks share: 1 optimizer state, 2 and gradients, 3 and parameters
+    offload: Literal["none", "optimizer", "all"] = "none"  # what lives in main memory; all: parameters too
+    stage3_param_persistence_threshold: Annotated[int, Field(ge=0)] = 100_000  # elements; smaller ones stay whole
+    recompute: bool = False  # activations of the layers, in the backward pass: less memory, a third more time
+    compile: bool = False  # torch.compile of each layer
+
+    @model_validator(mode="after")
+    def check_engine(self):
+        require(
+            self.offload == "none" or self.zero_stage >= 1,
+            "offload",
+            self.offload,
+            "be none with zero_stage 0: raise zero_stage",
+        )
+        require(
+            self.offload != "all" or self.zero_stage == 3,
+            "offload",
+            self.offload,
+            f"be optimizer or none with zero_stage {self.zero_stage}: parameters are offloaded by zero_stage 3 only",
+        )
+        require(
+            not self.compile or self.zero_stage < 3,
+            "compile",
+            self.compile,
+            "be false with zero_stage 3, whose hooks gather parameters around every layer",
+        )
+        return self
+
+
+class ProblemsConfig(Section):
+    """Where problems come from. `microcode` is generated; the others are files."""
+
+    source: Literal["microcode", "mbpp", "humaneval", "problems"] = "problems"
+    path: str | None = None
+    split: Literal["train", "validation", "held_out"] = "train"  # of microcode
+    limit: Positive | None = None
+    num_prompt_tests: Annotated[int, Field(ge=0, le=1)] = 1  # shown in the prompt and therefore not graded
+
+    @model_validator(mode="after")
+    def check(self):
+        needs_path = self.source != "microcode"
+        require(not needs_path or self.path is not None, "path", self.path, f"name a file for source {self.source}")
+        return self
+
+
+class RayConfig(Section):
+    address: str | None = None  # of a running cluster; None: the job's own, or a new local one
