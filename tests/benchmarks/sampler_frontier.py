@@ -1,10 +1,11 @@
 """`make bench-sampler-frontier`: what each approximate mode of the sampler costs and gains on the quickstart's model.
 
 Every mode fills the same 420 problems x 8 samples with the same seeds (of microcode's reserved splits, which no stage of
-the quickstart trains on: all that are held out, and some for validation), at the quickstart's own settings (temperature 1,
-30 tokens, 15 steps). Completions are judged as in training. Differences to exact sampling are paired by problem; their
-intervals are those of a bootstrap over problems. Seconds are those of sampling alone, one thread; all modes take turns on
-a sixth of the problems after the other. Prints what was measured and draws it to results/sampler_frontier.svg.
+the quickstart trains on: all that are held out, and some for validation), with the quickstart's 30 tokens and 15 steps, at
+the temperature of its rollouts and at the lower one of its reports. Completions are judged as in training. Differences to
+exact sampling at the same temperature are paired by problem; their intervals are those of a bootstrap over problems.
+Seconds are those of sampling alone, one thread; all modes take turns on a sixth of the problems after the other. Prints
+what was measured and draws it to results/sampler_frontier.svg.
 """
 
 import argparse
@@ -34,16 +35,16 @@ from diffrl.types import Problem, Rollout, RolloutGroup
 
 NUM_PROBLEMS, SAMPLES, TOKENS, SLICES = 420, 8, 30, 6
 EXACT = SamplingParams(algorithm="entropy", steps=15, temperature=1.0, top_p=None, top_k=None)
+TEMPERATURES = {1.0: "#c33", 0.4: "#36c"}
 MODES: dict[str, dict[str, Any]] = {
-    "confidence_threshold 0.99": {"confidence_threshold": 0.99},
-    "confidence_threshold 0.95": {"confidence_threshold": 0.95},
-    "confidence_factor 1": {"confidence_factor": 1.0},
-    "entropy_budget 0.03": {"entropy_budget": 0.03},
-    "entropy_budget 0.1": {"entropy_budget": 0.1},
-    "early_end": {"early_end": True},
-    "early_end, entropy_budget 0.03": {"early_end": True, "entropy_budget": 0.03},
-    "early_end, confidence_threshold 0.99": {"early_end": True, "confidence_threshold": 0.99},
-    "early_end, confidence_threshold 0.95": {"early_end": True, "confidence_threshold": 0.95},
+    "threshold 0.95": {"confidence_threshold": 0.95},
+    "threshold 0.9": {"confidence_threshold": 0.9},
+    "entropy budget 0.03": {"entropy_budget": 0.03},
+    "entropy budget 0.1": {"entropy_budget": 0.1},
+    "entropy budget 0.3": {"entropy_budget": 0.3},
+    "4 tokens a step": {"tokens_per_step": 4},
+    "early end": {"early_end": True},
+    "early end, threshold 0.95": {"early_end": True, "confidence_threshold": 0.95},
     "dual cache, blocks of 10": {"cache": "dual", "block_size": 10},
 }
 
@@ -109,47 +110,53 @@ class Judge:
         return sum(self.known[problem.id, text] for text in texts) / len(texts)
 
 
-def report(folder: str) -> list[tuple[str, float, float]]:
-    """Prints a line a mode; (mode, speed, points of pass@1 below exact) of each."""
+def report(folder: str) -> list[tuple[str, float, float, float]]:
+    """Prints a line a mode; (mode, temperature, speed, points of pass@1 above exact) of each."""
     torch.set_num_threads(1)
     problems = [*microcode_problems("held_out"), *microcode_problems("validation")][:NUM_PROBLEMS]
     sampling, judge = Sampling(folder), Judge()
     slices = [problems[i::SLICES] for i in range(SLICES)]
-    modes = {"exact": EXACT, **{name: replace(EXACT, **changes) for name, changes in MODES.items()}}
-    seconds: dict[str, list[float]] = {name: [] for name in modes}
-    passes: dict[str, list[float]] = {name: [] for name in modes}
-    rates: dict[str, list[float]] = {name: [] for name in modes}
+    modes = {
+        (name, temperature): replace(EXACT, temperature=temperature, **changes)
+        for temperature in TEMPERATURES
+        for name, changes in {"exact": {}, **MODES}.items()
+    }
+    seconds: dict[tuple[str, float], list[float]] = {mode: [] for mode in modes}
+    passes: dict[tuple[str, float], list[float]] = {mode: [] for mode in modes}
+    rates: dict[tuple[str, float], list[float]] = {mode: [] for mode in modes}
     for part in slices:
-        for name, params in modes.items():
+        for mode, params in modes.items():
             texts, taken, made = sampling.fill(part, params)
-            seconds[name].append(taken)
-            passes[name].append(made)
-            rates[name] += [judge.pass_rate(problem, text) for problem, text in zip(part, texts, strict=True)]
+            seconds[mode].append(taken)
+            passes[mode].append(made)
+            rates[mode] += [judge.pass_rate(problem, text) for problem, text in zip(part, texts, strict=True)]
     judge.worker.pool.close()
     print(
         f"{platform.platform()}, {os.cpu_count()} CPUs, torch {torch.__version__}, 1 thread; {folder}; "
         f"{len(problems)} problems x {SAMPLES} samples\n"
     )
-    print("| mode | passes | times as fast | pass@1 % | against exact, points [95%] |")
-    print("|---|---|---|---|---|")
+    print("| mode | temperature | passes | times as fast | pass@1 % | against exact, points [95%] |")
+    print("|---|---|---|---|---|---|")
     points = []
-    for name in modes:
-        ratios = [a / b for a, b in zip(seconds["exact"], seconds[name], strict=True)]
-        gain, low, high = paired_bootstrap(rates["exact"], rates[name], seed=0)
-        points.append((name, float(np.median(ratios)), 100 * gain))
+    for name, temperature in modes:
+        mode, exact = (name, temperature), ("exact", temperature)
+        ratios = [a / b for a, b in zip(seconds[exact], seconds[mode], strict=True)]
+        gain, low, high = paired_bootstrap(rates[exact], rates[mode], seed=0)
+        points.append((name, temperature, float(np.median(ratios)), 100 * gain))
         print(
-            f"| {name} | {np.mean(passes[name]):.2f} | {points[-1][1]:.2f} [{min(ratios):.2f}..{max(ratios):.2f}] | "
-            f"{100 * np.mean(rates[name]):.1f} | {100 * gain:+.2f} [{100 * low:+.2f}..{100 * high:+.2f}] |",
+            f"| {name} | {temperature:g} | {np.mean(passes[mode]):.2f} "
+            f"| {np.median(ratios):.2f} [{min(ratios):.2f}..{max(ratios):.2f}] | {100 * np.mean(rates[mode]):.1f} "
+            f"| {100 * gain:+.2f} [{100 * low:+.2f}..{100 * high:+.2f}] |",
             flush=True,
         )
     return points
 
 
-def draw(points: list[tuple[str, float, float]], path: Path) -> None:
+def draw(points: list[tuple[str, float, float, float]], path: Path) -> None:
     """Speed to the right, points of pass@1 upwards."""
     width, height, left, bottom = 900, 520, 70, 50
-    fastest, lowest = max(p[1] for p in points) * 1.1, min(p[2] for p in points) * 1.1 - 0.5
-    highest = max(p[2] for p in points) + 0.5
+    fastest, lowest = max(p[2] for p in points) * 1.1, min(p[3] for p in points) * 1.1 - 0.5
+    highest = max(p[3] for p in points) + 0.5
 
     def place(speed: float, gain: float) -> tuple[float, float]:
         x = left + (width - left - 20) * speed / fastest
@@ -168,9 +175,11 @@ def draw(points: list[tuple[str, float, float]], path: Path) -> None:
     for speed in range(int(fastest) + 1):
         x, _ = place(speed, 0)
         parts.append(f'<text x="{x:.1f}" y="{height - 30}" text-anchor="middle">{speed}</text>')
-    for name, speed, gain in points:
+    for row, (temperature, colour) in enumerate(TEMPERATURES.items()):
+        parts.append(f'<text x="{width - 130}" y="{40 + 16 * row}" fill="{colour}">temperature {temperature:g}</text>')
+    for name, temperature, speed, gain in points:
         x, y = place(speed, gain)
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#36c"/>')
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{TEMPERATURES[temperature]}"/>')
         parts.append(f'<text x="{x + 7:.1f}" y="{y + 4:.1f}">{name}</text>')
     path.write_text("\n".join([*parts, "</svg>\n"]))
 
