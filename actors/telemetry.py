@@ -79,8 +79,8 @@ class SupervisedTelemetry(Telemetry):
         self.metrics.write({"step": step, **metrics})
         self.progress.update(self.task, completed=step + 1)
         if (step + 1) % max(1, self.num_steps // 10) == 0:
-            loss, accuracy = metrics["loss/diffusion"], metrics["loss/accuracy"]
-            self.say(f"step {step + 1:>5}/{self.num_steps}  loss {loss:.3f}  accuracy of hidden tokens {accuracy:.3f}")
+            loss, nll = metrics["loss/diffusion"], metrics["loss/nll"]
+            self.say(f"step {step + 1:>5}/{self.num_steps}  loss {loss:.3f}  of a hidden token {nll:.3f}")
 
 
 # What `sampling_metrics` says; none of it belongs to the result of a run.

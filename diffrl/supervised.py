@@ -1,134 +1,125 @@
-"""The train step and loop that pre-training, mid-training and instruction tuning share.
+"""What the three supervised stages do to their rows before the loss, and their optimizers.
 
-Two layouts. Text is packed into windows and every token may be hidden. Instruction rows are [prompt, padded on the left
-to P | completion window of C]: exactly what the sampler fills later. The completion ends with the end token, the
-rest of its window is padding that the model has to predict too, or it would not know how to end.
+Every row is noised at a mask ratio of its own, and all random numbers of a step are drawn from (seed, step), for the
+whole batch at once: a stage that resumes, or runs on another number of workers, sees the same noise. Each purpose has its
+own stream, so that one of them switched off does not change the others.
 
-Every random number comes from (seed, step): a run that resumes at a step continues as if it had never stopped.
+Pre-training starts from an autoregressive model (`adaptation`). The recipe is that of DiffuLLaMA (arXiv 2410.17891) and
+of the paper's stage 1: attention opens from causal to full while the shift stays, a few rows are cut to a random length,
+a few keep a clean prefix.
 
-Shapes: N rows, B rows of a batch, P prompt, C completion, L = P + C.
+Shapes: B rows, L positions.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
-from transformers import PreTrainedTokenizerFast
 
-from diffrl.diffusion import diffusion_loss, draw_mask_ratios, forward_process
+from diffrl.config import PretrainConfig, SftConfig
+from diffrl.config.supervised import SupervisedOptim
+from diffrl.data.shards import SupervisedRows
+from diffrl.diffusion import NoisedRows, draw_mask_ratios, forward_process, noised_rows
 from diffrl.models.base import PolicyModel
-from diffrl.schedule import cosine_lr
 from diffrl.seeds import derive_seed
 
-Metrics = dict[str, float]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SupervisedRows:
-    """Rows ready to be noised.
-
-    SupervisedRows(ids_NL=tensor([[0, 7, 5, 9, 1, 0]]),  # padding, prompt of 2, completion of 2 with its end, padding
-                   attention_mask_NL=tensor([[False, True, True, True, True, True]]),
-                   maskable_NL=tensor([[False, False, False, True, True, True]]),
-                   loss_weight_NL=tensor([[0.0, 0.0, 0.0, 1.0, 1.0, 0.5]]))
-    """
-
-    ids_NL: Tensor  # int64
-    attention_mask_NL: Tensor  # bool, False on the padding left of a prompt only
-    maskable_NL: Tensor  # bool, what the forward process may hide
-    loss_weight_NL: Tensor  # float32, zero where not maskable
-
-    def __len__(self) -> int:
-        return self.ids_NL.shape[0]
-
-    def take(self, index_B: Tensor) -> "SupervisedRows":
-        return SupervisedRows(
-            ids_NL=self.ids_NL[index_B],
-            attention_mask_NL=self.attention_mask_NL[index_B],
-            maskable_NL=self.maskable_NL[index_B],
-            loss_weight_NL=self.loss_weight_NL[index_B],
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SupervisedOptions:
-    """One supervised stage. With `muon_lr` the matrices inside the blocks are trained by Muon, the rest by AdamW."""
-
-    num_steps: int
-    batch_size: int
-    lr: float
-    muon_lr: float | None = None
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    min_lr_ratio: float = 0.1
-    grad_norm: float = 1.0
-    t_min: float = 1e-3
-    bf16: bool = False
-    seed: int = 0
-
-
-def packed_rows(token_ids: Sequence[int], window: int) -> SupervisedRows:
-    """Consecutive windows of a token stream, the incomplete last one dropped; every token may be hidden and counts."""
-    num_rows = len(token_ids) // window
-    if num_rows == 0:
-        raise ValueError(f"{len(token_ids)} tokens do not fill one window of {window}")
-    ids_NL = torch.tensor(token_ids[: num_rows * window], dtype=torch.long).reshape(num_rows, window)
-    everywhere_NL = torch.ones_like(ids_NL, dtype=torch.bool)
-    return SupervisedRows(
-        ids_NL=ids_NL,
-        attention_mask_NL=everywhere_NL,
-        maskable_NL=everywhere_NL,
-        loss_weight_NL=everywhere_NL.float(),
-    )
-
-
-def instruction_rows(
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+def noised_batch(
+    rows: SupervisedRows,
+    config: PretrainConfig | SftConfig,
     *,
-    prompt_length: int,
-    completion_length: int,
-    end_token_id: int,
-    pad_token_id: int,
-    pad_weight: float = 1.0,
-) -> SupervisedRows:
-    """(prompt ids, completion ids) pairs in the sampler's layout; `pad_weight` is the loss weight of the padding.
+    step: int,
+    mask_token_id: int,
+    epoch_steps: int | None = None,
+) -> NoisedRows:
+    """The whole global batch of a step (counted from 0), noised.
 
-    Raises ValueError for a pair that does not fit: nothing is ever cut.
+    epoch_steps: optimizer steps of the first epoch, over which instruction tuning phases the prompts in when
+    `data.condition_steps` is not set; needed then only.
     """
-    length = prompt_length + completion_length
-    ids_NL = torch.full((len(pairs), length), pad_token_id, dtype=torch.long)
-    attention_mask_NL = torch.ones(len(pairs), length, dtype=torch.bool)
-    loss_weight_NL = torch.zeros(len(pairs), length)
-    for row, (prompt, completion) in enumerate(pairs):
-        if len(prompt) > prompt_length or len(completion) + 1 > completion_length:
-            raise ValueError(
-                f"row {row}: {len(prompt)} prompt tokens and {len(completion)} completion tokens with their end token "
-                f"do not fit into prompt_length {prompt_length} and completion_length {completion_length}"
+    seed, opened_LL = config.seed, None
+    if isinstance(config, SftConfig):
+        steps = epoch_steps if config.data.condition_steps is None else config.data.condition_steps
+        assert steps is not None
+        if step < steps:
+            rows = noised_prompts(rows, 1.0 - step / steps, step_generator(seed, step, "condition"))
+    elif config.adaptation is not None:
+        adaptation = config.adaptation
+        rows = cut_rows(rows, adaptation.random_length_frac, step_generator(seed, step, "length"))
+        rows = clean_prefixes(rows, adaptation.unnoised_prefix_frac, step_generator(seed, step, "prefix"))
+        if step < adaptation.anneal_steps:
+            opened_LL = opened(
+                rows.ids_NL.shape[1], step / adaptation.anneal_steps, step_generator(seed, step, "attention")
             )
-        start, end = prompt_length - len(prompt), prompt_length + len(completion)
-        ids_NL[row, start : end + 1] = torch.tensor([*prompt, *completion, end_token_id])
-        attention_mask_NL[row, :start] = False
-        loss_weight_NL[row, prompt_length : end + 1] = 1.0
-        loss_weight_NL[row, end + 1 :] = pad_weight
-    maskable_NL = (torch.arange(length) >= prompt_length).expand(len(pairs), length)
-    return SupervisedRows(
-        ids_NL=ids_NL, attention_mask_NL=attention_mask_NL, maskable_NL=maskable_NL, loss_weight_NL=loss_weight_NL
+    return noised(rows, step_generator(seed, step, "noise"), mask_token_id=mask_token_id, opened_LL=opened_LL)
+
+
+def validation_batch(rows: SupervisedRows, config: PretrainConfig | SftConfig, *, mask_token_id: int) -> NoisedRows:
+    """All rows of the validation, with the same noise whenever it is asked: full attention, whole rows, clean prompts."""
+    return noised(rows, step_generator(config.seed, 0, "validation"), mask_token_id=mask_token_id)
+
+
+def noised(
+    rows: SupervisedRows, generator: torch.Generator, *, mask_token_id: int, opened_LL: Tensor | None = None
+) -> NoisedRows:
+    t_B = draw_mask_ratios(len(rows), generator)
+    hidden_BL = forward_process(rows.maskable_NL, t_B, generator)
+    return noised_rows(
+        rows.ids_NL,
+        rows.document_NL,
+        rows.loss_weight_NL,
+        hidden_BL,
+        t_B,
+        mask_token_id=mask_token_id,
+        opened_LL=opened_LL,
     )
 
 
-def tokenize_pairs(
-    tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]
-) -> list[tuple[list[int], list[int]]]:
-    """(instruction, completion) texts -> (chat prompt ids, completion ids), as `prompts.chat_ids` would ask them."""
-    chats = [[{"role": "user", "content": prompt}] for prompt, _ in pairs]
-    texts = [str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)) for chat in chats]
-    prompt_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    completion_ids = tokenizer([completion for _, completion in pairs], add_special_tokens=False)["input_ids"]
-    return list(zip(prompt_ids, completion_ids, strict=True))
+def cut_rows(rows: SupervisedRows, frac: float, generator: torch.Generator) -> SupervisedRows:
+    """Each row with probability `frac` cut to a length uniform on 1 to its own; the rest is padding nobody attends to."""
+    chosen_B, u_B = torch.rand(2, len(rows), generator=generator, dtype=torch.float64)
+    size_B, place_BL = places(rows)
+    length_B = torch.where(chosen_B < frac, 1 + (u_B * size_B).long(), size_B)
+    kept_BL = place_BL < length_B[:, None]
+    return replace(
+        rows,
+        document_NL=rows.document_NL * kept_BL,
+        maskable_NL=rows.maskable_NL & kept_BL,
+        loss_weight_NL=rows.loss_weight_NL * kept_BL,
+    )
+
+
+def clean_prefixes(rows: SupervisedRows, frac: float, generator: torch.Generator) -> SupervisedRows:
+    """Each row with probability `frac` with a prefix that is never hidden and does not count, of a length uniform on 1 to
+    one less than its own."""
+    chosen_B, u_B = torch.rand(2, len(rows), generator=generator, dtype=torch.float64)
+    size_B, place_BL = places(rows)
+    length_B = (1 + (u_B * (size_B - 1)).long()).minimum(size_B - 1) * (chosen_B < frac)
+    noised_BL = place_BL >= length_B[:, None]
+    return replace(rows, maskable_NL=rows.maskable_NL & noised_BL, loss_weight_NL=rows.loss_weight_NL * noised_BL)
+
+
+def places(rows: SupervisedRows) -> tuple[Tensor, Tensor]:
+    """(size_B, place_BL): tokens of each row without padding, and how many of them come before each position."""
+    real_BL = (rows.document_NL != 0).long()
+    return real_BL.sum(1), real_BL.cumsum(1) - real_BL
+
+
+def noised_prompts(rows: SupervisedRows, probability: float, generator: torch.Generator) -> SupervisedRows:
+    """Each row with this probability without a condition: its prompts may be hidden and count like text."""
+    chosen_B = torch.rand(len(rows), generator=generator, dtype=torch.float64) < probability
+    prompt_BL = (rows.document_NL != 0) & ~rows.maskable_NL & chosen_B[:, None]
+    return replace(
+        rows,
+        maskable_NL=rows.maskable_NL | prompt_BL,
+        loss_weight_NL=rows.loss_weight_NL.masked_fill(prompt_BL, 1.0),
+    )
+
+
+def opened(length: int, probability: float, generator: torch.Generator) -> Tensor:
+    """opened_LL, attention between causal and full: each later position is seen from each earlier one with this
+    probability, in one draw for all rows (arXiv 2410.17891, section 3.3)."""
+    return torch.rand(length, length, generator=generator) < probability
 
 
 def step_generator(seed: int, step: int, purpose: str) -> torch.Generator:
@@ -136,87 +127,27 @@ def step_generator(seed: int, step: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, purpose, step))
 
 
-def batch_indices(num_rows: int, batch_size: int, step: int, seed: int) -> Tensor:
-    """Rows of a step: every epoch is a permutation of its own, and a batch may reach over into the next one."""
-    index, position = [], step * batch_size
-    while len(index) < batch_size:
-        epoch, offset = divmod(position, num_rows)
-        order_N = torch.randperm(num_rows, generator=step_generator(seed, epoch, "epoch"))
-        piece = order_N[offset : offset + batch_size - len(index)].tolist()
-        index += piece
-        position += len(piece)
-    return torch.tensor(index)
-
-
-def make_optimizers(model: PolicyModel, options: SupervisedOptions) -> list[torch.optim.Optimizer]:
-    """AdamW for everything that is trained, or Muon for the blocks' matrices and AdamW for embeddings, norms and biases."""
+def make_optimizers(model: PolicyModel, optim: SupervisedOptim) -> list[torch.optim.Optimizer]:
+    """AdamW for everything that is trained, or Muon for the blocks' matrices and AdamW for embeddings, norms and biases.
+    The rate that a schedule is relative to is each group's `peak_lr`."""
     matrices, rest = [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         inside_block = ".layers." in name and parameter.ndim == 2
-        (matrices if inside_block and options.muon_lr is not None else rest).append(parameter)
+        (matrices if inside_block and optim.muon_lr is not None else rest).append(parameter)
     optimizers: list[torch.optim.Optimizer] = []
     if rest:
-        adamw = torch.optim.AdamW(
-            rest, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay, fused=True
+        betas = (optim.beta1, optim.beta2)
+        optimizers.append(
+            torch.optim.AdamW(rest, lr=optim.lr, betas=betas, weight_decay=optim.weight_decay, fused=True)
         )
-        optimizers.append(adamw)
-    if options.muon_lr is not None:
+    if optim.muon_lr is not None:
         muon = torch.optim.Muon(
-            matrices, lr=options.muon_lr, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw"
+            matrices, lr=optim.muon_lr, weight_decay=optim.weight_decay, adjust_lr_fn="match_rms_adamw"
         )
         optimizers.append(muon)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
-
-
-def train_step(
-    model: PolicyModel,
-    optimizers: Sequence[torch.optim.Optimizer],
-    rows: SupervisedRows,
-    options: SupervisedOptions,
-    step: int,
-) -> Metrics:
-    """One update on the batch that (seed, step) picks from `rows`."""
-    batch = rows.take(batch_indices(len(rows), options.batch_size, step, options.seed))
-    generator = step_generator(options.seed, step, "noise")
-    t_B = draw_mask_ratios(len(batch), generator, t_min=options.t_min)
-    noised = forward_process(
-        batch.ids_NL, batch.maskable_NL, t_B, mask_token_id=model.mask_token_id, generator=generator
-    )
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(
-                step,
-                total=options.num_steps,
-                peak=group["peak_lr"],
-                warmup=options.warmup_steps,
-                min_ratio=options.min_lr_ratio,
-            )
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16) if options.bf16 else nullcontext()
-    with autocast, torch.random.fork_rng(devices=[]):
-        # Dropout draws from the global generator and from no other.
-        torch.default_generator.manual_seed(derive_seed(options.seed, "dropout", step))
-        loss, metrics = diffusion_loss(model, batch.ids_NL, batch.attention_mask_NL, batch.loss_weight_NL, noised)
-    loss.backward()
-    grad_norm = clip_grad_norm_(model.parameters(), options.grad_norm, error_if_nonfinite=True)
-    for optimizer in optimizers:
-        optimizer.step()
-    return {**metrics, "optim/grad_norm": float(grad_norm), "optim/lr": optimizers[0].param_groups[0]["lr"]}
-
-
-def train(
-    model: PolicyModel,
-    rows: SupervisedRows,
-    options: SupervisedOptions,
-    on_step: Callable[[int, Metrics], None] = lambda step, metrics: None,
-) -> None:
-    """Run a whole stage in this process; `on_step(step, metrics)` is called after every update."""
-    model.train()
-    optimizers = make_optimizers(model, options)
-    for step in range(options.num_steps):
-        on_step(step, train_step(model, optimizers, rows, options, step))

@@ -104,8 +104,9 @@ class SftData(Section):
     wrong_frac: Fraction = 0.0  # of microcode: share of rows whose program is wrong, as in real instruction sets
     broken_format_frac: Fraction = 0.0
     pad_weight: Fraction = 1.0  # loss weight of the padding behind the end token
-    condition_steps: Annotated[int, Field(ge=0)] | None = None  # over which prompts are phased in as clean; None: 0
-    # With condition_steps: at step s a row's prompt is noised like its completion with probability 1 - s / condition_steps.
+    # Over so many steps prompts are phased in: at step s a row's prompts are noised and count like its completion with
+    # probability 1 - s / condition_steps. None: the first epoch, as in the paper; 0: prompts are always clean.
+    condition_steps: Annotated[int, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def check(self):

@@ -3,6 +3,10 @@
 A family is a subclass of a few lines: how its config.json and its tensor names translate to those of the stock backbone,
 and whether its hidden states are shifted. Its weights run in transformers' own implementation, never in remote code.
 
+An attention mask is bool, False on padding; or integers, where documents share a row: 0 on padding, else a number that the
+positions of one document have in common. A position attends to its own document, and nobody to padding. A shift ends at a
+document's edge: its first token is predicted from its own hidden state, as the first token of a row is.
+
 Shapes: B rows, L positions, D hidden size, V vocabulary, X selected positions, N scored tokens; in a layer N heads
 of size H, and Q the most positions that are selected in one row.
 """
@@ -121,19 +125,21 @@ class PolicyModel(nn.Module, ABC):
         select_BL: Tensor | None = None,
         position_N: Tensor | None = None,
         token_N: Tensor | None = None,
+        *,
+        opened_LL: Tensor | None = None,
         **head_options: Any,
     ) -> Tensor:
         """Logits about the tokens AT the given positions (a shift is already undone).
 
-        attention_mask_BL is bool, False on padding. With `select_BL` (bool) only those positions go through the
-        vocabulary head and the result is [X, V] in row-major order; without it, [B, L, V]. With `token_N` the result
-        is [N], the log-probs of those tokens at the selected positions of index `position_N`, among the `num_tokens`
-        that exist; see VocabularyHead.
+        With `select_BL` (bool) only those positions go through the vocabulary head and the result is [X, V] in row-major
+        order; without it, [B, L, V]. With `token_N` the result is [N], the log-probs of those tokens at the selected
+        positions of index `position_N`, among the `num_tokens` that exist; see VocabularyHead. With `opened_LL` (bool)
+        position i sees its past and itself, and j > i only where opened_LL[i, j].
         """
         if select_BL is None:
-            selected = self.hidden_states(ids_BL, attention_mask_BL)
+            selected = self.hidden_states(ids_BL, attention_mask_BL, opened_LL)
         else:
-            selected = self.selected_states(ids_BL, attention_mask_BL, select_BL, packed=False)
+            selected = self.selected_states(ids_BL, attention_mask_BL, select_BL, packed=False, opened_LL=opened_LL)
         if token_N is not None:
             head_options = {"vocab_size": self.num_tokens, **head_options}
         return self.backbone.lm_head(selected, position_N, token_N, **head_options)
@@ -148,27 +154,38 @@ class PolicyModel(nn.Module, ABC):
         """Under the name, options and defaults of the releases; see diffrl/compat.py."""
         return diffusion_generate(self, inputs, attention_mask, **options)
 
-    def hidden_states(self, ids_BL: Tensor, attention_mask_BL: Tensor, attend_BLL: Tensor | None = None) -> Tensor:
-        """Last hidden states; row i belongs to token i. `attend_BLL` (bool) replaces full attention."""
-        positions_BL, attend_BLL = attention(attention_mask_BL, attend_BLL)
+    def hidden_states(self, ids_BL: Tensor, attention_mask_BL: Tensor, opened_LL: Tensor | None = None) -> Tensor:
+        """Last hidden states; row i belongs to token i."""
+        positions_BL, attend_BLL = attention(attention_mask_BL, opened_LL)
         hidden_BLD = self.backbone.model(
             input_ids=ids_BL,
             attention_mask=None if attend_BLL is None else attend_BLL[:, None],
             position_ids=positions_BL,
             use_cache=False,
         ).last_hidden_state
-        return torch.cat([hidden_BLD[:, :1], hidden_BLD[:, :-1]], dim=1) if self.shifted else hidden_BLD
+        if not self.shifted:
+            return hidden_BLD
+        return torch.where(starts(attention_mask_BL)[:, :, None], hidden_BLD, hidden_BLD.roll(1, 1))
 
-    def selected_states(self, ids_BL: Tensor, attention_mask_BL: Tensor, select_BL: Tensor, *, packed: bool) -> Tensor:
+    def selected_states(
+        self,
+        ids_BL: Tensor,
+        attention_mask_BL: Tensor,
+        select_BL: Tensor,
+        *,
+        packed: bool,
+        opened_LL: Tensor | None = None,
+    ) -> Tensor:
         """`hidden_states(...)[select_BL]`, [X, D], by less work: nothing looks at other positions of the last layer, so
         it computes keys and values for all, and queries, attention and MLP for the selected ones alone.
 
-        `packed`: rows lie end to end without padding, and attention goes row by row. On a CPU a row's states are then the
-        same to the last bit whatever the other rows are. No padding may be selected.
+        `packed`: rows, of one document each, lie end to end without padding, and attention goes row by row. On a CPU a row's
+        states are then the same to the last bit whatever the other rows are. No padding may be selected.
         """
         if packed:
+            assert opened_LL is None
             return self.packed_states(ids_BL, attention_mask_BL.bool(), select_BL)
-        positions_BL, attend_BLL = attention(attention_mask_BL, None)
+        positions_BL, attend_BLL = attention(attention_mask_BL, opened_LL)
         body: Any = self.backbone.model
         hidden_BLD = body.embed_tokens(ids_BL)
         rotary = body.rotary_emb(hidden_BLD, positions_BL)
@@ -182,7 +199,7 @@ class PolicyModel(nn.Module, ABC):
             )
         row_X, column_X = select_BL.nonzero(as_tuple=True)
         if self.shifted:
-            column_X = (column_X - 1).clamp(min=0)
+            column_X = column_X - (~starts(attention_mask_BL)[select_BL]).long()
         return body.norm(layer_at(last, hidden_BLD, attend_BLL, rotary, row_X, column_X))
 
     def packed_states(self, ids_BL: Tensor, mask_BL: Tensor, select_BL: Tensor) -> Tensor:
@@ -242,17 +259,26 @@ class PolicyModel(nn.Module, ABC):
         return body.norm(hidden_BQD)
 
 
-def attention(attention_mask_BL: Tensor, attend_BLL: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(positions_BL, attend_BLL): positions count what is not padding; None where everything attends to everything, for
-    kernels of full attention are faster than those that look at a mask."""
-    mask_BL = attention_mask_BL.bool()
+def attention(attention_mask_BL: Tensor, opened_LL: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """(positions_BL, attend_BLL): positions count what is not padding, over all documents of a row, for only distances
+    matter; None where everything attends to everything, for kernels of full attention are faster than those that look
+    at a mask."""
+    mask_BL, length = attention_mask_BL.bool(), attention_mask_BL.shape[1]
     positions_BL = (mask_BL.long().cumsum(-1) - 1).masked_fill(~mask_BL, 1)
-    if attend_BLL is None:
-        if bool(mask_BL.all()):
-            return positions_BL, None
-        attend_BLL = mask_BL[:, :, None] & mask_BL[:, None, :]
+    if opened_LL is None and bool((mask_BL & (attention_mask_BL == attention_mask_BL[:, :1])).all()):
+        return positions_BL, None
+    attend_BLL = (attention_mask_BL[:, :, None] == attention_mask_BL[:, None, :]) & mask_BL[:, None, :]
+    if opened_LL is not None:
+        attend_BLL &= torch.ones_like(opened_LL).tril() | opened_LL
     # A padding row that attends to nothing would be NaN; let it see itself, nobody looks at it.
-    return positions_BL, attend_BLL | torch.eye(mask_BL.shape[1], dtype=torch.bool, device=mask_BL.device)
+    return positions_BL, attend_BLL | torch.eye(length, dtype=torch.bool, device=mask_BL.device)
+
+
+def starts(attention_mask_BL: Tensor) -> Tensor:
+    """Where a document, or padding, begins."""
+    start_BL = torch.ones_like(attention_mask_BL, dtype=torch.bool)
+    start_BL[:, 1:] = attention_mask_BL[:, 1:] != attention_mask_BL[:, :-1]
+    return start_BL
 
 
 def layer_at(

@@ -289,13 +289,13 @@ def test_a_pickle_is_never_opened(tmp_path):
 
 
 class CausalDream(DreamModel):
-    def hidden_states(self, ids_BL, attention_mask_BL, attend_BLL=None):
-        causal_LL = torch.ones(ids_BL.shape[1], ids_BL.shape[1], dtype=torch.bool).tril()
-        return super().hidden_states(ids_BL, attention_mask_BL, causal_LL & attention_mask_BL[:, None, :])
+    def hidden_states(self, ids_BL, attention_mask_BL, opened_LL=None):
+        length = ids_BL.shape[1]
+        return super().hidden_states(ids_BL, attention_mask_BL, torch.zeros(length, length, dtype=torch.bool))
 
 
 class CausalOnlyWhenPadded(CausalDream):
-    def hidden_states(self, ids_BL, attention_mask_BL, attend_BLL=None):
+    def hidden_states(self, ids_BL, attention_mask_BL, opened_LL=None):
         if bool(attention_mask_BL.all()):
             return DreamModel.hidden_states(self, ids_BL, attention_mask_BL)
         return super().hidden_states(ids_BL, attention_mask_BL)

@@ -18,10 +18,10 @@ from diffrl.models.loading import load_policy, load_policy_tokenizer
 from diffrl.models.tiny import train_tokenizer
 from diffrl.sampler import SamplingParams, sample
 from diffrl.scoring import completion_logprobs
-from diffrl.supervised import SupervisedOptions, packed_rows, train
 from diffrl.types import ScoringBatch
 from diffrl.views import ViewOptions
 from tests.diffrl.llada_peer import llada_logits
+from tests.diffrl.training import pretrain_config, text_rows, train
 
 MASK_ID = 58
 NUM_TOKENS = 60  # of 64 embeddings
@@ -328,10 +328,9 @@ def test_the_end_token_that_also_pads_is_trained(model):
 
 
 def test_training_learns_a_text(model):
-    rows = packed_rows([5, 9, 2, 7, 11, 30, 8, 4] * 4, 8)
-    losses: list[float] = []
-    options = SupervisedOptions(num_steps=100, batch_size=8, lr=1e-2)
-    train(model, rows, options, lambda step, metrics: losses.append(metrics["loss/nll"]))
+    rows = text_rows([5, 9, 2, 7, 11, 30, 8, 4] * 16, 8)
+    config = pretrain_config(optim={"lr": 1e-2, "weight_decay": 0.0})
+    losses = [metrics["loss/nll"] for metrics in train(model, config, lambda step: rows, 100)]
     assert losses[0] > 3 and sum(losses[-10:]) / 10 < 1
 
 

@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, Qwen2Config
 
 from diffrl.config import LoraConfig, ModelConfig, TinyModel
+from diffrl.config.supervised import SupervisedOptim
 from diffrl.config_file import validate
+from diffrl.data.shards import SupervisedRows
 from diffrl.errors import ConfigError
 from diffrl.models.base import PolicyModel
 from diffrl.models.dream import DreamModel
@@ -19,7 +21,8 @@ from diffrl.models.llada import LladaModel
 from diffrl.models.loading import check_policy, load_policy
 from diffrl.models.lora import adapter_state, adapters_off, add_adapters, merge, save_adapter
 from diffrl.models.tiny import train_tokenizer
-from diffrl.supervised import SupervisedOptions, make_optimizers, packed_rows, train
+from diffrl.supervised import make_optimizers
+from tests.diffrl.training import pretrain_config, text_rows, train
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -239,9 +242,9 @@ def test_stock_peft_reads_the_adapters(family, targets, tmp_path):
 def test_only_adapters_are_trained():
     model = with_adapters(make_model(), trained=False)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    losses: list[float] = []
-    options = SupervisedOptions(num_steps=60, batch_size=8, lr=1e-2)
-    train(model, packed_rows([5, 9, 2, 7, 11, 30, 8, 4] * 4, 8), options, lambda _, m: losses.append(m["loss/nll"]))
+    rows = text_rows([5, 9, 2, 7, 11, 30, 8, 4] * 8, 8)
+    config = pretrain_config(optim={"lr": 1e-2})
+    losses = [metrics["loss/nll"] for metrics in train(model, config, lambda step: rows, 60)]
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {name for name in before if ".lora_" in name}
@@ -249,8 +252,7 @@ def test_only_adapters_are_trained():
 
 def test_muon_may_train_them():
     model = with_adapters(make_model())
-    options = SupervisedOptions(num_steps=1, batch_size=1, lr=1e-3, muon_lr=1e-2)
-    (muon,) = make_optimizers(model, options)
+    (muon,) = make_optimizers(model, SupervisedOptim(muon_lr=1e-2))
     assert isinstance(muon, torch.optim.Muon)
     assert {id(p) for g in muon.param_groups for p in g["params"]} == {
         id(p) for p in model.parameters() if p.requires_grad
@@ -260,14 +262,12 @@ def test_muon_may_train_them():
 def test_dropout_is_drawn_from_the_seed_and_the_step():
     def trained(seed: int, disturbance: int) -> list[float]:
         model = with_adapters(make_model(), dropout=0.5)
-        losses: list[float] = []
 
-        def on_step(step: int, metrics: dict[str, float]) -> None:
-            losses.append(metrics["loss/nll"])
+        def rows(step: int) -> SupervisedRows:
             torch.rand(disturbance)
+            return text_rows(list(range(32)), 8)
 
-        options = SupervisedOptions(num_steps=3, batch_size=4, lr=1e-2, seed=seed)
-        train(model, packed_rows(list(range(32)), 8), options, on_step)
-        return losses
+        config = pretrain_config(optim={"lr": 1e-2}, seed=seed)
+        return [metrics["loss/nll"] for metrics in train(model, config, rows, 3)]
 
     assert trained(0, 0) == trained(0, 5) != trained(1, 0)
