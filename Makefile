@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv system engine quickstart quickstart-seeds bench-judge bench-learner bench-sampler bench-sampler-frontier test test-slow lint clean
+.PHONY: venv system engine quickstart quickstart-seeds bench-judge bench-learner bench-sampler bench-sampler-frontier bench-supervised test test-slow lint clean
 
 venv: $(STAMP)
 
@@ -61,6 +61,9 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+bench-supervised: venv
+	$(BIN)/python -m tests.benchmarks.supervised
 
 test: lint system engine
 	$(BIN)/python -m pytest -m 'not slow' --durations=25
