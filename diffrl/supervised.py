@@ -118,7 +118,7 @@ def noised_prompts(rows: SupervisedRows, probability: float, generator: torch.Ge
 
 def opened(length: int, probability: float, generator: torch.Generator) -> Tensor:
     """opened_LL, attention between causal and full: each later position is seen from each earlier one with this
-    probability, in one draw for all rows (arXiv 2410.17891, section 3.3)."""
+    probability, in one draw for all rows (attention mask annealing, arXiv 2410.17891)."""
     return torch.rand(length, length, generator=generator) < probability
 
 

@@ -70,7 +70,6 @@ def test_a_document_leaves_all_others_as_they_are_to_the_last_bit(model, row, nu
     same[row] &= ~inside
     assert torch.equal(before[same], after[same])
     if number:
-        # A single token of Dream sees itself; in LLaDA too. Causal Dream's last token is seen by nobody.
         assert not torch.equal(before[row, inside], after[row, inside])
 
 
@@ -96,6 +95,16 @@ def test_documents_that_may_see_each_other_would_differ(model):
     apart = logits(model, ids, DOCUMENT[:1])
     joined = logits(model, ids, DOCUMENT[:1].clamp(max=1))
     assert (apart - joined)[DOCUMENT[:1].bool()].abs().max() > 0.1
+
+
+def test_full_rows_of_documents_leak_nothing_either(model):
+    """Without any padding, where a row of one document needs no mask."""
+    document = torch.tensor([[1] * 5 + [2] * 7])
+    ids = draw(1, 12)
+    changed = ids.clone()
+    changed[0, 5:] += 1
+    before, after = logits(model, ids, document), logits(model, changed, document)
+    assert torch.equal(before[0, :5], after[0, :5]) and not torch.equal(before[0, 5], after[0, 5])
 
 
 def test_a_position_sees_what_is_opened_and_nothing_else_later(model):

@@ -173,7 +173,7 @@ def test_noise_depends_on_seed_and_step_only(config):
     ):
         assert not torch.equal(first.hidden_BL, other.hidden_BL) and not torch.equal(first.t_B, other.t_B)
         if first.opened_LL is not None:
-            assert other.opened_LL is not None and not torch.equal(first.opened_LL, other.opened_LL)
+            assert other.opened_LL is not None and (first.opened_LL & ~other.opened_LL).any()  # drawn anew
 
 
 def test_what_is_switched_on_leaves_the_mask_ratios_as_they_are():
