@@ -76,6 +76,7 @@ class CorpusData(Section):
     path: str | None = None
     sequence_length: Positive = 4096
     max_stdlib_bytes: Annotated[int, Field(ge=0)] = 4_000_000  # of microcode
+    bad_files: Literal["error", "skip"] = "error"  # damaged files and lines that are not JSON
 
     @model_validator(mode="after")
     def check(self):
@@ -101,6 +102,8 @@ class SftData(Section):
     max_prompt_tokens: Positive = 512  # of window
     completion_tokens: Positive = 1536  # of window, with the end token
     sequence_length: Positive = 2048  # of padded and packed
+    too_long: Literal["error", "drop"] = "error"  # rows that do not fit into the layout; nothing is ever cut
+    bad_files: Literal["error", "skip"] = "error"  # damaged files and lines that are not JSON
     wrong_frac: Fraction = 0.0  # of microcode: share of rows whose program is wrong, as in real instruction sets
     broken_format_frac: Fraction = 0.0
     pad_weight: Fraction = 1.0  # loss weight of the padding behind the end token

@@ -14,14 +14,19 @@ from diffrl.data.microcode import microcode_exercises
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 
 
-def microcode_text(seed: int = 0, *, split_seed: int = 0) -> str:
+def microcode_documents(seed: int = 0, *, split_seed: int = 0) -> list[str]:
     """Every training problem once, as a comment with its program, in an order drawn from `seed`."""
     exercises = list(microcode_exercises("train", split_seed))
     random.Random(f"corpus/{seed}").shuffle(exercises)
-    return "\n\n".join(f"# {e.prompt}\n{e.solution}" for e in exercises)
+    return [f"# {e.prompt}\n{e.solution}" for e in exercises]
 
 
-def stdlib_text(max_bytes: int = 2_000_000) -> str:
+def microcode_text(seed: int = 0, *, split_seed: int = 0) -> str:
+    """All of `microcode_documents` in one text."""
+    return "\n\n".join(microcode_documents(seed, split_seed=split_seed))
+
+
+def stdlib_documents(max_bytes: int = 2_000_000) -> list[str]:
     """Sources of Python's own standard library, folder by folder in sorted order, up to `max_bytes` (whole files)."""
     parts: list[str] = []
     size = 0
@@ -34,4 +39,9 @@ def stdlib_text(max_bytes: int = 2_000_000) -> str:
             source = path.read_bytes()
             size += len(source)
             parts.append(source.decode("utf-8", errors="replace"))
-    return "\n\n".join(parts)
+    return parts
+
+
+def stdlib_text(max_bytes: int = 2_000_000) -> str:
+    """All of `stdlib_documents` in one text."""
+    return "\n\n".join(stdlib_documents(max_bytes))

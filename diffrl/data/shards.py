@@ -4,17 +4,16 @@ A row is documents laid end to end. Of each the first tokens may be given (a pro
 begin with padding that nobody attends to, and its last document may end with padding that is predicted like text. Three
 layouts come of that: packed text, [prompt padded on the left | completion window], and padded or packed instructions.
 
-A folder holds a few thousand rows per file, shuffled when it was written, and manifest.json, written last. The order of an
-epoch is a permutation of the files and of the rows within each, drawn from (seed, epoch): a stage that resumes at a row
-opens the files from there on, and no other.
+A folder, written by shard_writer.py, holds a few thousand rows per file, shuffled when it was written, and manifest.json,
+written last. The order of an epoch is a permutation of the files and of the rows within each, drawn from (seed, epoch): a
+stage that resumes at a row opens the files from there on, and no other.
 
 Shapes: N rows, L positions.
 """
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +106,8 @@ class Manifest:
     vocab_size: int  # of the tokenizer that made the ids
     fingerprint: str  # sha256 of all rows, in order
     source: str  # where the rows come from, for people
+    inputs: str = ""  # sha256 of all that the rows were made from: files, tokenizer, settings
+    notes: Sequence[str] = ()  # what was left out
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -122,78 +123,6 @@ class Part:
     seed: int  # of the permutation of the file's rows
     first: int
     stop: int
-
-
-class ShardWriter:
-    """Writes rows into a folder: `with ShardWriter(path, kind=..., ...) as writer: writer.add(rows)`. Rows are taken in the
-    order they come; who wants them shuffled shuffles them. The manifest appears when all went well."""
-
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        kind: str,
-        length: int,
-        pad_token_id: int,
-        vocab_size: int,
-        source: str,
-        rows_per_file: int = ROWS_PER_FILE,
-    ):
-        self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.facts = {
-            "kind": kind,
-            "length": length,
-            "pad_token_id": pad_token_id,
-            "vocab_size": vocab_size,
-            "source": source,
-        }
-        self.rows_per_file = rows_per_file
-        self.files: dict[str, int] = {}
-        self.num_tokens = 0
-        self.digest = hashlib.sha256()
-        self.waiting: list[Row] = []
-
-    def add(self, rows: Iterable[Row]) -> None:
-        for row in rows:
-            self.waiting.append(row)
-            if len(self.waiting) == self.rows_per_file:
-                self.flush()
-
-    def flush(self) -> None:
-        if not self.waiting:
-            return
-        name = f"{len(self.files):05d}.parquet"
-        columns = {
-            field: [list(getattr(row, field)) for row in self.waiting] for field in ("ids", "lengths", "prompts")
-        }
-        columns |= {field: [getattr(row, field) for row in self.waiting] for field in ("left", "fill")}
-        part = self.path / f"{name}.part"
-        pq.write_table(pa.table(columns, schema=SCHEMA), part)
-        part.rename(self.path / name)
-        self.files[name] = len(self.waiting)
-        for row in self.waiting:
-            self.num_tokens += len(row.ids) - row.left - row.fill
-            for numbers in (row.ids, row.lengths, row.prompts, (row.left, row.fill)):
-                self.digest.update(np.asarray(numbers, dtype="<i4").tobytes() + b";")
-        self.waiting = []
-
-    def close(self) -> Manifest:
-        self.flush()
-        manifest = Manifest(
-            **self.facts, files=self.files, num_tokens=self.num_tokens, fingerprint=self.digest.hexdigest()
-        )
-        part = self.path / f"{MANIFEST}.part"
-        part.write_text(json.dumps(asdict(manifest), indent=2) + "\n")
-        part.rename(self.path / MANIFEST)
-        return manifest
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
 
 
 def open_shards(path: str | Path) -> Manifest:
