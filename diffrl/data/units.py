@@ -46,7 +46,9 @@ def units_of(data: CorpusData | SftData, *, seed: int, unit_bytes: int = UNIT_BY
         return [Unit(number=number, slices=group) for number, group in enumerate(groups)]
     if isinstance(data, CorpusData):
         texts = microcode_documents() + stdlib_documents(data.max_stdlib_bytes)
-        records: Iterable[Record] = (Document(place=Place("microcode:", n), text=text) for n, text in enumerate(texts))
+        records: Iterable[Record] = (
+            Document(place=Place("microcode:", n), text=text) for n, text in enumerate(texts) if text.strip()
+        )
     elif data.source == "microcode":
         rows = sft_rows(seed=seed, wrong_share=data.wrong_frac, broken_share=data.broken_format_frac)
         records = (
