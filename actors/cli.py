@@ -1,4 +1,4 @@
-"""The `diffrl` command: train, eval, generate, judge, sandbox, config. Bad input is one line on stderr and exit status 2;
+"""The `diffrl` command: train, eval, generate, judge, data, sandbox, config. Bad input is one line on stderr and exit status 2;
 a run that had to stop, one line and status 1.
 """
 
@@ -23,6 +23,9 @@ app = typer.Typer(
 
 sandbox = typer.Typer(no_args_is_help=True, help="The image that the docker and pod backends run.")
 app.add_typer(sandbox, name="sandbox")
+
+data = typer.Typer(no_args_is_help=True, help="Training data, and models made ready for them.")
+app.add_typer(data, name="data")
 
 ConfigPath = Annotated[str, typer.Argument(help="YAML file, such as configs/quickstart.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as train.steps=20")]
@@ -150,6 +153,34 @@ def build(
     from actors.judge_commands import build_sandbox
 
     build_sandbox(variant, tag, mirror)
+
+
+@data.command()
+def prepare(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    out: Annotated[str, typer.Option(help="folder for the shards, which all nodes see")] = "data/prepared",
+    workers: Annotated[int | None, typer.Option(help="tasks at a time; else one per CPU of the cluster", min=1)] = None,
+) -> None:
+    """Make the training rows of a supervised stage once, with Ray Data; train from them with
+    data: {source: shards, path: FOLDER}."""
+    resolved = load_config(config, overrides or [])
+    if isinstance(resolved, RLConfig):
+        raise ConfigError(f"stage: {resolved.stage!r} must be pretrain, midtrain or sft: RL has problems, no rows")
+    from actors.data_prepare import PrepareOptions, prepare_data
+
+    prepare_data(resolved, out, PrepareOptions(workers=workers))
+
+
+@data.command()
+def add_tokens(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder of a Qwen2 model")],
+    out: Annotated[str, typer.Argument(help="new folder for the copy")],
+) -> None:
+    """Copy an autoregressive model and give the copy a mask and a padding token, which diffusion needs."""
+    from diffrl.models.added_tokens import add_tokens as add
+
+    print(add(model, out))
 
 
 @app.command()

@@ -81,6 +81,14 @@ class Faults:
             found = self.examples.setdefault(kind, [])
             found += examples[: MAX_EXAMPLES - len(found)]
 
+    def to_json(self) -> str:
+        return json.dumps({"counts": self.counts, "examples": self.examples})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Faults":
+        raw = json.loads(text)
+        return cls(counts=Counter(raw["counts"]), examples=raw["examples"])
+
     def said(self, kind: str) -> str:
         rest = self.counts[kind] - len(self.examples[kind])
         return "; ".join(self.examples[kind]) + (f"; and {rest} more" if rest else "")

@@ -37,6 +37,19 @@ class Unit:
     records: Sequence[Record] = ()
 
 
+def unit_to_json(unit: Unit) -> str:
+    return json.dumps(asdict(unit))
+
+
+def unit_from_json(text: str) -> Unit:
+    raw = json.loads(text)
+    records: list[Record] = []
+    for record in raw["records"]:
+        place = Place(**record.pop("place"))
+        records.append(Chat(place=place, **record) if "messages" in record else Document(place=place, **record))
+    return Unit(number=raw["number"], slices=[Slice(**piece) for piece in raw["slices"]], records=records)
+
+
 def units_of(data: CorpusData | SftData, *, seed: int, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
     """All of a source that is not `shards`. Raises ConfigError where there is nothing."""
     if data.source in ("text", "files"):
