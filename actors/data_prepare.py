@@ -8,7 +8,8 @@ are those of `supervised_shards`, in the same order. Sources and the folder must
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from copy import copy
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,9 +149,10 @@ def ordered_blocks(workers: int | None) -> Iterator[None]:
     """Ray Data keeps its blocks in order, as files are cut from sorted rows, and runs `workers` tasks at a time."""
     context = ray.data.DataContext.get_current()
     options, progress_bars = context.execution_options, context.enable_progress_bars
-    limits = ray.data.ExecutionResources(cpu=workers) if workers else options.resource_limits
-    context.execution_options = replace(options, preserve_order=True, resource_limits=limits)
-    context.enable_progress_bars = False
+    context.execution_options, context.enable_progress_bars = copy(options), False
+    context.execution_options.preserve_order = True
+    if workers is not None:
+        context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=workers)
     try:
         yield
     finally:

@@ -35,6 +35,15 @@ def load_state_dict(path: Path, *, meta: bool = False) -> dict[str, Tensor]:
 
     With `meta` only the headers are read: the tensors have shapes and no contents.
     """
+    try:
+        read = read_shapes if meta else load_file
+        return {k: v for file in weight_files(path) for k, v in read(file).items()}
+    except SafetensorError as error:  # a download that was cut off
+        raise ValueError(f"a safetensors file cannot be read ({error}); download it again") from None
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a folder. Raises ValueError for a missing one."""
     index = path / "model.safetensors.index.json"
     if index.exists():
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -45,11 +54,7 @@ def load_state_dict(path: Path, *, meta: bool = False) -> dict[str, Tensor]:
     lacking = [name for name in files if not (path / name).exists()]
     if lacking:
         raise ValueError(f"no {lacking[0]} in the folder, which {index.name} names; download it")
-    try:
-        read = read_shapes if meta else load_file
-        return {k: v for name in files for k, v in read(path / name).items()}
-    except SafetensorError as error:  # a download that was cut off
-        raise ValueError(f"a safetensors file cannot be read ({error}); download it again") from None
+    return [path / name for name in files]
 
 
 def read_shapes(file: Path) -> dict[str, Tensor]:

@@ -37,14 +37,14 @@ def load_policy_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
         named = raw.get("mask_token_id")  # the released tokenizer does not say it
         if isinstance(named, int) and 0 <= named < len(tokenizer):
             tokenizer.mask_token = tokenizer.convert_ids_to_tokens(named)
-    for name, token_id in (("mask", tokenizer.mask_token_id), ("eos", tokenizer.eos_token_id)):
-        if token_id is None:
-            raise ValueError(
-                f"model.path: the tokenizer of {config.path} has no {name} token; add `{name}_token` to its "
-                "tokenizer_config.json"
-            )
-    if tokenizer.pad_token_id is None:
-        raise ValueError(f"model.path: the tokenizer of {config.path} has no pad token; add `pad_token`")
+    for name in ("mask", "eos", "pad"):
+        if getattr(tokenizer, f"{name}_token_id") is None:
+            way_out = f"add `{name}_token` to its tokenizer_config.json"
+            if name != "eos":
+                way_out += (
+                    f", or of an autoregressive model make a copy with `diffrl data add-tokens {config.path} OUT`"
+                )
+            raise ValueError(f"model.path: the tokenizer of {config.path} has no {name} token; {way_out}")
     return tokenizer
 
 

@@ -18,8 +18,10 @@ import yaml
 from ray._private.runtime_env.packaging import create_package
 
 from actors.cli import main
+from diffrl.data.shards import open_shards
 from diffrl.rollout_store import read_all
 from tests.conftest import RayCluster
+from tests.diffrl.test_added_tokens import qwen
 from tests.diffrl.tiny_folder import tiny_folder
 from tests.shared_files import shared_file
 
@@ -33,6 +35,8 @@ COMMANDS = (
     "diffrl train configs/quickstart.yaml --dry-run",
     "diffrl train configs/mbpp.yaml",
     "diffrl config",
+    "diffrl data prepare",
+    "diffrl data add-tokens",
     "diffrl eval --benchmark humaneval --data",
     "diffrl eval --benchmark humaneval_infilling",
     "diffrl judge --solution",
@@ -53,7 +57,7 @@ def readme_commands() -> list[str]:
     return [
         c
         for c in commands
-        if re.match(r"(diffrl (train|eval|generate|config|judge|sandbox)|ray|python3?|\S+/python3?) [^A-Z]", c)
+        if re.match(r"(diffrl (train|data|eval|generate|config|judge|sandbox)|ray|python3?|\S+/python3?) [^A-Z]", c)
     ]
 
 
@@ -151,6 +155,37 @@ def test_config_and_dry_run_start_nothing(tmp_path: Path):
     command = readme("diffrl train configs/quickstart.yaml --dry-run", f"run_dir={tmp_path}/run")
     assert "nothing was started" in succeeds(command, RAY_ADDRESS="127.0.0.1:1")
     assert not (tmp_path / "run").exists()
+
+
+def test_data_are_prepared_once(ray_cluster: RayCluster, tmp_path: Path, called: Called):
+    """The command as it stands, and once more: the second call finds the rows there."""
+    overrides = ("data.max_stdlib_bytes=20000", "--workers", "1")
+    command = readme("diffrl data prepare", *overrides, **{"data/text": f"{tmp_path}/text"})
+    said = succeeds(command, RAY_ADDRESS=ray_cluster.address).splitlines()[-1]
+    manifest = open_shards(tmp_path / "text")
+    assert manifest.kind == "text" and manifest.num_rows > 1000
+    told = rf"data: {manifest.num_rows} rows, {manifest.num_tokens} tokens, {len(manifest.files)} files in [\d.]+ s, "
+    assert re.fullmatch(rf"{told}fingerprint {manifest.fingerprint[:16]} -> {tmp_path}/text", said)
+    status, stdout, _ = called(*command[1:])
+    assert status == 0 and stdout.endswith("(kept: made from the same inputs)\n")
+    one_line(called("data", "prepare", "configs/quickstart.yaml", "--out", f"{tmp_path}/rl"), ["stage: 'rl'", "sft"])
+    one_line(called(*command[1:], "data.sequence_length=65"), [f"{tmp_path}/text", "other inputs"])
+
+
+def test_an_autoregressive_folder_gets_its_tokens(tmp_path: Path):
+    """What training refuses before, a dry run accepts afterwards."""
+    qwen(tmp_path / "ar")
+    config = ("train", "configs/quickstart_sft.yaml", "train.steps=1", "data.max_prompt_tokens=200")
+    refused(
+        [*config, f"model.path={tmp_path}/ar"], ["no mask token", f"diffrl data add-tokens {tmp_path}/ar"], tmp_path
+    )
+    names = {
+        "models/Qwen2.5-Coder-7B models": f"{tmp_path}/ar models",
+        "models/Qwen2.5-Coder-7B-masked": f"{tmp_path}/out",
+    }
+    assert f"{tmp_path}/out: added <|mask|> 8, <|dlm_pad|> 9" in succeeds(readme("diffrl data add-tokens", **names))
+    command = ["diffrl", *config, f"model.path={tmp_path}/out", f"run_dir={tmp_path}/run", "--dry-run"]
+    assert "nothing was started" in succeeds(command, RAY_ADDRESS="127.0.0.1:1")
 
 
 def test_humaneval_canonical_solutions_all_pass():
