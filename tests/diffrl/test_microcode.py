@@ -20,8 +20,10 @@ from diffrl.data.microcode import (
     microcode_problems,
     solves_reserved,
 )
+from diffrl.data.records import Chat, Document
 from diffrl.data.sft import sft_rows
-from diffrl.data.sources import corpus_text, instruction_pairs, problems_of
+from diffrl.data.sources import problems_of
+from diffrl.data.units import units_of
 from diffrl.models.loading import tokenizer_texts
 from diffrl.prompts import extract_code, format_score
 from diffrl.types import Problem
@@ -100,7 +102,8 @@ def test_reserved_problems_are_in_no_text_that_is_trained_on():
     """Of the quickstart as it is configured: pre-training text, and what the tokenizer is trained on."""
     config = quickstart_config("_pretrain")
     assert isinstance(config, PretrainConfig)
-    text = "\n\n".join([corpus_text(config.data), *tokenizer_texts()])
+    documents = [r.text for unit in units_of(config.data, seed=0) for r in unit.records if isinstance(r, Document)]
+    text = "\n\n".join([*documents, *tokenizer_texts()])
     assert all(e.solution in text and e.prompt in text for e in microcode_exercises("train"))
     assert not [p.id for p in reserved() if p.prompt in text or contains_program(text, str(p.solution))]
 
@@ -111,7 +114,8 @@ def test_reserved_problems_are_in_no_instruction_row(seed: int):
     tests, after all corruption."""
     config = quickstart_config("_sft", f"seed={seed}")
     assert isinstance(config, SftConfig)
-    rows = instruction_pairs(config.data, config.seed)
+    chats = [r for unit in units_of(config.data, seed=config.seed) for r in unit.records if isinstance(r, Chat)]
+    rows = [(chat.messages[0]["content"], chat.completion) for chat in chats]
     assert not {prompt for prompt, _ in rows} & {p.prompt for p in reserved()}
     argument = {e.prompt: e.argument for e in microcode_exercises("train")}
     programs = {(argument[prompt], completion.strip("`\n").removeprefix("python\n")) for prompt, completion in rows}
