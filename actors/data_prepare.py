@@ -5,6 +5,8 @@ the cluster, and every file of shards is written by one task. Nothing depends on
 are those of `supervised_shards`, in the same order. Sources and the folder must be on a file system that all nodes see.
 """
 
+import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -146,10 +148,15 @@ def write_shards(
 
 @contextmanager
 def ordered_blocks(workers: int | None) -> Iterator[None]:
-    """Ray Data keeps its blocks in order, as files are cut from sorted rows, and runs `workers` tasks at a time."""
+    """Ray Data keeps its blocks in order, as files are cut from sorted rows, runs `workers` tasks at a time, and tells no
+    plans."""
+    logger = logging.getLogger("ray.data")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
     context = ray.data.DataContext.get_current()
     options, progress_bars = context.execution_options, context.enable_progress_bars
-    context.execution_options, context.enable_progress_bars = copy(options), False
+    context.execution_options = copy(options)
+    context.enable_progress_bars = progress_bars and sys.stderr.isatty()
     context.execution_options.preserve_order = True
     if workers is not None:
         context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=workers)
@@ -157,6 +164,7 @@ def ordered_blocks(workers: int | None) -> Iterator[None]:
         yield
     finally:
         context.execution_options, context.enable_progress_bars = options, progress_bars
+        logger.setLevel(level)
 
 
 def unit_table(block: pa.Table, *, config: StageConfig, tokenizer: PreTrainedTokenizerFast) -> pa.Table:
