@@ -48,17 +48,24 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, start nothing")] = False,
+    resume: Annotated[
+        str | None, typer.Option(help="auto: go on with the unfinished supervised stage in run_dir, if there is one")
+    ] = None,
 ) -> None:
     """Run one stage: pretrain, midtrain, sft or rl, whatever the config says."""
     resolved = load_config(config, overrides or [])
+    if resume not in (None, "auto"):
+        raise ConfigError(f"--resume: {resume!r} must be auto")
     if isinstance(resolved, RLConfig):
+        if resume is not None:
+            raise ConfigError("--resume: auto is for the supervised stages, rl starts anew; leave it out")
         from actors.driver import train as train_rl  # imports Ray and torch: not for `diffrl --help`
 
         train_rl(resolved, dry_run=dry_run)
     else:
         from actors.stages import train_supervised
 
-        train_supervised(resolved, dry_run=dry_run)
+        train_supervised(resolved, dry_run=dry_run, resume=resume)
 
 
 @app.command(name="config")

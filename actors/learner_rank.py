@@ -21,7 +21,7 @@ import ray
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from actors.engine import PolicyEngine, join_group
+from actors.engine import PolicyEngine, decay_groups, join_group
 from actors.weights import Weights, publish
 from diffrl.config import RLConfig
 from diffrl.micro_batches import crop_prompts, micro_batches, select_groups
@@ -58,9 +58,18 @@ class LearnerRank:
     @ray.method
     def start(self, address: str, port: int) -> None:
         """Join the process group and build the engine."""
-        world = self.config.learner.num_ranks
-        join_group(rank=self.rank, world=world, address=address, port=port, device=self.device)
-        self.engine = PolicyEngine(self.model, self.config)
+        learner, optim, dtype = self.config.learner, self.config.optim, self.config.model.dtype
+        join_group(rank=self.rank, world=learner.num_ranks, address=address, port=port, device=self.device)
+        groups = decay_groups(self.model, optim.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2))
+        layout = {
+            "learner.num_ranks": learner.num_ranks,
+            "learner.zero_stage": learner.zero_stage,
+            "model.dtype": dtype,
+        }
+        self.engine = PolicyEngine(
+            self.model, optimizer, learner, grad_norm=optim.grad_norm, dtype=dtype, layout=layout
+        )
 
     @ray.method
     def update(self, batch: TrainBatch) -> UpdateResult:

@@ -3,12 +3,13 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from actors.reward import backend_options
-from diffrl.config import RLConfig, SandboxConfig
+from diffrl.config import PretrainConfig, RLConfig, SandboxConfig, SftConfig
 from diffrl.data.sources import problems_of
 from diffrl.errors import ConfigError
 from diffrl.estimators import ESTIMATORS
@@ -19,6 +20,8 @@ from diffrl.run_folder import check_run_folder
 from diffrl.types import Problem
 from sandbox.backends import choose_backend, require_available
 from sandbox.types import SandboxUnavailableError
+
+Config = TypeVar("Config", bound=RLConfig | PretrainConfig | SftConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +45,7 @@ def prepare(config: RLConfig) -> Prepared:
         check_devices(config)
         sandbox, sandbox_reason = choose_sandbox(config.sandbox)
         tokenizer = load_policy_tokenizer(config.model)
-        check_estimator_family(config.method.estimator, check_policy(config.model, tokenizer))
+        check_estimator_family(config.method.estimator, type(check_policy(config.model, tokenizer)))
         problems = problems_of(config.data)
         fitting = [p for p in problems if len(chat_ids(tokenizer, p)) <= config.data.max_prompt_tokens]
         if not fitting:
@@ -87,16 +90,20 @@ def choose_sandbox(config: SandboxConfig) -> tuple[SandboxConfig, str]:
 
 
 def check_devices(config: RLConfig) -> None:
-    """A cluster that is not there yet may grow; this machine will not."""
     needed = (
         config.rollout.num_workers * config.rollout.gpus_per_worker
         + config.num_reference_workers * config.reference.gpus
         + config.learner.num_ranks * config.learner.gpus_per_rank
     )
-    if needed > torch.cuda.device_count() and not (config.ray.address or os.environ.get("RAY_ADDRESS")):
+    check_gpus("rollout, reference and learner", needed, config.ray.address)
+
+
+def check_gpus(who: str, needed: float, address: str | None) -> None:
+    """A cluster that is not there yet may grow; this machine will not."""
+    if needed > torch.cuda.device_count() and not (address or os.environ.get("RAY_ADDRESS")):
         raise ConfigError(
-            f"rollout, reference and learner: {needed:g} GPUs are asked for and this machine has "
-            f"{torch.cuda.device_count()}; join a cluster (ray.address) or set the gpus keys to 0"
+            f"{who}: {needed:g} GPUs are asked for and this machine has {torch.cuda.device_count()}; join a cluster "
+            "(ray.address) or set the gpus keys to 0"
         )
 
 
@@ -109,7 +116,7 @@ def check_estimator_family(name: str, model: type[PolicyModel]) -> None:
         )
 
 
-def absolute_model_path(config: RLConfig) -> RLConfig:
+def absolute_model_path(config: Config) -> Config:
     """Actors may start in another folder than the driver."""
     if config.model.path is None:
         return config

@@ -1,140 +1,181 @@
-"""The three supervised stages, run in this process: adaptation pre-training, mid-training, instruction tuning."""
+"""The three supervised stages, adaptation pre-training, mid-training and instruction tuning, as a Ray Train job.
 
-import math
+What a user can get wrong is found before Ray starts. Then a group of workers (stage_worker.py) trains; the run folder, its
+checkpoints and the shards must be on a file system that all nodes see. A worker that is lost costs the steps since the
+newest checkpoint, and a job that was killed goes on from there with `resume="auto"`; the numbers are those of a run that
+nothing happened to.
+"""
+
+import os
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-import torch
-from torch.nn.utils import clip_grad_norm_
+import ray
+import ray.train
+import ray.train.torch
 from transformers import PreTrainedTokenizerFast
 
+from actors.checkpoints import committed_steps
+from actors.prepare import absolute_model_path, check_gpus
+from actors.stage_worker import StageJob, run_stage
+from actors.system import connect
 from actors.telemetry import SupervisedTelemetry
 from diffrl.config import PretrainConfig, SftConfig
-from diffrl.data.shards import Row, collate
-from diffrl.data.sources import corpus_text, instruction_pairs
-from diffrl.diffusion import Metrics, batch_loss
-from diffrl.errors import ConfigError
-from diffrl.models.base import PolicyModel
-from diffrl.models.folders import save_model
-from diffrl.models.loading import load_policy, load_policy_tokenizer
-from diffrl.models.lora import adapter_state, save_adapter
-from diffrl.models.tokens import special_id
-from diffrl.run_folder import check_run_folder, create_run_folder
-from diffrl.schedule import cosine_lr
-from diffrl.seeds import derive_seed
-from diffrl.supervised import make_optimizers, noised_batch
+from diffrl.data.rows import supervised_shards
+from diffrl.data.shards import Manifest, open_shards
+from diffrl.errors import ConfigError, RunStoppedError
+from diffrl.models.loading import check_policy, load_policy_tokenizer
+from diffrl.run_folder import check_run_folder, create_run_folder, read_run, unfinished_run, write_run
+
+POLL_S = "0.5"  # how often Ray Train looks after its workers, and how long a finished stage may wait to be noticed
 
 
-def train_supervised(config: PretrainConfig | SftConfig, *, dry_run: bool = False) -> None:
-    """One whole stage: rows, model, training, export as a Hugging Face folder `run_dir/model`
-    (and its adapters as `run_dir/adapter`). Raises ConfigError."""
-    torch.set_num_threads(config.workers.threads)
+def train_supervised(
+    config: PretrainConfig | SftConfig, *, dry_run: bool = False, resume: Literal["auto"] | None = None
+) -> None:
+    """One whole stage: rows, model, training, export as a Hugging Face folder `run_dir/model` (its adapters as
+    `run_dir/adapter`, the best by validation as `run_dir/best`).
+
+    `resume="auto"`: go on with the run that `run_dir` holds, if there is one. Raises ConfigError, and RunStoppedError when
+    the stage cannot go on.
+    """
     started = time.perf_counter()
+    with ExitStack() as stack:
+        run = unfinished_run(config) if resume else None
+        if run is not None and "finished" in run:
+            print(f"{config.stage}: {config.run_dir} is finished; nothing was started")
+            return
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="diffrl-rows-")))
+        prepared = prepare_stage(config, scratch if run is None else Path(config.run_dir))
+        if dry_run:
+            print(f"ready: {prepared.summary()}; nothing was started")
+            return
+        folder = (create_run_folder(config) if run is None else Path(config.run_dir)).resolve()
+        if prepared.shards.is_relative_to(scratch):
+            shutil.move(prepared.shards, folder / "data")
+        if run is not None:
+            run["attempt"] += 1
+            write_run(folder, run)
+    job = StageJob(
+        config=absolute_model_path(config),
+        tokenizer=prepared.tokenizer,
+        folder=folder,
+        shards=folder / "data" if (folder / "data").is_dir() else prepared.shards.resolve(),
+        num_steps=prepared.num_steps,
+        attempt=read_run(folder)["attempt"],
+    )
+    with SupervisedTelemetry(folder, job.num_steps, config.stage) as telemetry:
+        telemetry.say(f"{config.stage}: {prepared.summary()}")
+        if run is not None:
+            telemetry.say(f"resumed after step {max(committed_steps(folder), default=0)} of {folder}")
+        run_job(job)
+    seconds = time.perf_counter() - started
+    write_run(folder, read_run(folder) | {"finished": round(seconds, 1)})
+    print(f"{config.stage}: {job.num_steps} steps in {seconds:.0f} s -> {Path(config.run_dir) / 'model'}", flush=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedStage:
+    """What a stage needs, checked and loaded."""
+
+    config: PretrainConfig | SftConfig
+    tokenizer: PreTrainedTokenizerFast
+    shards: Path
+    manifest: Manifest
+    num_parameters: int  # that are trained
+
+    @property
+    def num_steps(self) -> int:
+        train = self.config.train
+        num_rows = self.manifest.num_rows - self.config.validation.rows
+        return train.steps or max(1, train.epochs * num_rows // train.batch_size)
+
+    def summary(self) -> str:
+        manifest, workers = self.manifest, self.config.workers
+        held_out = f" ({self.config.validation.rows} held out)" if self.config.validation.rows else ""
+        return (
+            f"{manifest.num_rows:,} rows{held_out} with {manifest.num_tokens:,} tokens, {self.num_parameters:,} "
+            f"parameters, {self.num_steps:,} steps, {workers.num_workers} worker{'s' * (workers.num_workers > 1)} "
+            f"(ZeRO {workers.zero_stage})"
+        )
+
+
+def prepare_stage(config: PretrainConfig | SftConfig, folder: Path) -> PreparedStage:
+    """Check everything, write the rows into `folder/data` unless the config names shards. Raises ConfigError."""
     try:
         check_run_folder(Path(config.run_dir), config.model.path)
+        workers = config.workers
+        check_gpus("workers", workers.num_workers * workers.gpus_per_worker, config.ray.address)
         tokenizer = load_policy_tokenizer(config.model)
-        rows = supervised_rows(config, tokenizer)
-        model = load_policy(config.model, tokenizer, seed=config.seed)
+        model = check_policy(config.model, tokenizer)
+        shards = supervised_shards(config, tokenizer, folder / "data")
+        manifest = open_shards(shards)
     except ValueError as error:
         raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
-    num_steps = config.train.steps or max(1, config.train.epochs * len(rows) // config.train.batch_size)
-    num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if dry_run:
-        print(f"ready: {len(rows)} rows, {num_parameters:,} parameters, {num_steps} steps; nothing was started")
-        return
-    folder = create_run_folder(config)
-    with SupervisedTelemetry(folder, num_steps, config.stage) as telemetry:
-        telemetry.say(f"{config.stage}: {len(rows)} rows, {num_parameters:,} parameters")
-        train(model, rows, config, num_steps, telemetry.update)
-    save_model(model, folder / "model")
-    if model.lora is not None:
-        save_adapter(adapter_state(model), model.lora, folder / "adapter", base_path=config.model.path)
-    tokenizer.save_pretrained(folder / "model")
-    print(f"{config.stage}: {num_steps} steps in {time.perf_counter() - started:.0f} s -> {folder / 'model'}")
-
-
-def train(
-    model: PolicyModel,
-    rows: list[Row],
-    config: PretrainConfig | SftConfig,
-    num_steps: int,
-    on_step: Callable[[int, Metrics], None],
-) -> None:
-    """All steps in this process; `on_step(step, metrics)` is called after every update."""
-    model.train()
-    optim, size = config.optim, config.train.batch_size
-    optimizers = make_optimizers(model, optim)
-    pad_weight = config.data.pad_weight if isinstance(config, SftConfig) else 1.0
-    length = max(len(row.ids) for row in rows)
-    for step in range(num_steps):
-        index = batch_indices(len(rows), size, step, config.seed)
-        batch = noised_batch(
-            collate([rows[i] for i in index], length=length, pad_token_id=0, pad_weight=pad_weight),
-            config,
-            step=step,
-            mask_token_id=model.mask_token_id,
-            epoch_steps=math.ceil(len(rows) / size),
+    if config.validation.rows >= manifest.num_rows:
+        raise ConfigError(
+            f"validation.rows: {config.validation.rows} must be less than the {manifest.num_rows} rows of the data"
         )
-        lr = cosine_lr(step, total=num_steps, peak=1.0, warmup=optim.warmup_steps, min_ratio=optim.min_lr_ratio)
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["peak_lr"]
-        autocast = torch.autocast("cpu", dtype=torch.bfloat16) if config.train.autocast_bf16 else nullcontext()
-        with autocast, torch.random.fork_rng(devices=[]):
-            # Dropout draws from the global generator and from no other.
-            torch.default_generator.manual_seed(derive_seed(config.seed, "dropout", step))
-            loss, metrics = batch_loss(model, batch)
-        loss.backward()
-        norm = clip_grad_norm_(model.parameters(), optim.grad_norm, error_if_nonfinite=True)
-        for optimizer in optimizers:
-            optimizer.step()
-        on_step(step, {**metrics, "optim/grad_norm": float(norm), "optim/lr": optimizers[0].param_groups[0]["lr"]})
+    longest = model.config.max_position_embeddings
+    if longest is not None and manifest.length > longest:
+        raise ConfigError(
+            f"data: rows of {manifest.length} tokens are longer than the model's {longest} positions; shorten them or "
+            "take another model"
+        )
+    return PreparedStage(
+        config=config,
+        tokenizer=tokenizer,
+        shards=shards,
+        manifest=manifest,
+        num_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+    )
 
 
-def batch_indices(num_rows: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Rows of a step: every epoch is a permutation of its own, and a batch may reach over into the next one."""
-    index: list[int] = []
-    while len(index) < batch_size:
-        epoch, offset = divmod(step * batch_size + len(index), num_rows)
-        generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
-        index += torch.randperm(num_rows, generator=generator)[offset : offset + batch_size - len(index)].tolist()
-    return index
+def run_job(job: StageJob) -> None:
+    """Train in a group of workers until the model is exported. Raises RunStoppedError."""
+    workers = job.config.workers
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_S)
+    owns_ray = connect(job.config.ray.address, workers.num_workers * workers.cpus_per_worker, log_to_driver=False)
+    if not (job.config.ray.address or os.environ.get("RAY_ADDRESS")):
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away with notice
+    own_files = job.folder / "ray_train"  # Ray Train's own, of which nothing is needed: checkpoints are ours
+    try:
+        trainer = ray.train.torch.TorchTrainer(
+            run_stage,
+            train_loop_config={"job": job},
+            torch_config=ray.train.torch.TorchConfig(backend="nccl" if workers.gpus_per_worker > 0 else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=workers.num_workers,
+                use_gpu=workers.gpus_per_worker > 0,
+                resources_per_worker={"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker},
+                label_selector=dict(workers.labels) or None,
+            ),
+            run_config=ray.train.RunConfig(
+                name=f"attempt-{job.attempt}",
+                storage_path=str(own_files),
+                failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
+                logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            ),
+        )
+        reason = trainer.fit().return_value
+    except ray.train.WorkerGroupError as error:
+        rank, failure = next(iter(error.worker_failures.items()))
+        raise RunStoppedError(
+            f"workers.max_failures: more than {workers.max_failures} times a worker was lost or failed, the last time "
+            f"worker {rank}: {last_line(failure)}; checkpoints are in {job.folder / 'checkpoints'}, go on with --resume auto"
+        ) from error
+    finally:
+        shutil.rmtree(own_files, ignore_errors=True)
+        if owns_ray:
+            ray.shutdown()
+    if reason is not None:
+        raise RunStoppedError(reason)
 
 
-def supervised_rows(config: PretrainConfig | SftConfig, tokenizer: PreTrainedTokenizerFast) -> list[Row]:
-    if isinstance(config, SftConfig):
-        end, pad = special_id(tokenizer, "eos"), special_id(tokenizer, "pad")
-        rows = []
-        for prompt, completion in tokenize_pairs(tokenizer, instruction_pairs(config.data, config.seed)):
-            left = config.data.max_prompt_tokens - len(prompt)
-            fill = config.data.completion_tokens - len(completion) - 1
-            if left < 0 or fill < 0:
-                raise ConfigError(
-                    f"data: {len(prompt)} prompt tokens and {len(completion)} completion tokens with their end token do not fit "
-                    f"into max_prompt_tokens {config.data.max_prompt_tokens} and completion_tokens "
-                    f"{config.data.completion_tokens}; raise them"
-                )
-            ids = (*[pad] * left, *prompt, *completion, end, *[pad] * fill)
-            rows.append(Row(ids=ids, lengths=(len(ids) - left,), prompts=(len(prompt),), left=left, fill=fill))
-        return rows
-    ids = tokenizer(corpus_text(config.data), add_special_tokens=False)["input_ids"]
-    assert isinstance(ids, list)
-    window = config.data.sequence_length
-    if len(ids) < window:
-        raise ConfigError(f"data.sequence_length: {len(ids)} tokens do not fill one window of {window}; lower it")
-    starts = range(0, len(ids) - window + 1, window)
-    return [Row(ids=ids[i : i + window], lengths=(window,), prompts=(0,)) for i in starts]
-
-
-def tokenize_pairs(
-    tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]
-) -> list[tuple[list[int], list[int]]]:
-    """(instruction, completion) texts -> (chat prompt ids, completion ids), as `prompts.chat_ids` would ask them."""
-    chats = [[{"role": "user", "content": prompt}] for prompt, _ in pairs]
-    texts = [str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)) for chat in chats]
-    prompt_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    completion_ids = tokenizer([completion for _, completion in pairs], add_special_tokens=False)["input_ids"]
-    return list(zip(prompt_ids, completion_ids, strict=True))
+def last_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[-1]

@@ -95,7 +95,7 @@ def num_cpus_needed(config: RLConfig) -> float:
     )
 
 
-def connect(address: str | None, num_cpus: float) -> bool:
+def connect(address: str | None, num_cpus: float, *, log_to_driver: bool = True) -> bool:
     """Join the named cluster, the job's own, or start a local one that offers enough CPU slots. True when started here.
 
     A process that is already connected stays so: then the caller owns the cluster.
@@ -104,14 +104,14 @@ def connect(address: str | None, num_cpus: float) -> bool:
         return False
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, log_to_driver=True)
+        ray.init(address=address, log_to_driver=log_to_driver)
         return True
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
         address="local",
         num_cpus=max(math.ceil(num_cpus), os.cpu_count() or 1),
         include_dashboard=False,
-        log_to_driver=True,
+        log_to_driver=log_to_driver,
         logging_level=logging.ERROR,
     )
     return True

@@ -1,6 +1,8 @@
 """What a run tells: one line per step on the terminal, metrics.jsonl, the tables of a report."""
 
+import io
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
@@ -73,14 +75,54 @@ class Telemetry:
 
 
 class SupervisedTelemetry(Telemetry):
-    """The same for the supervised stages, whose steps are many and short: a line now and then."""
+    """Of a supervised stage, whose steps are many and short and whose workers write metrics.jsonl: follows that file from a
+    thread of its own and says a line now and then."""
 
-    def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.metrics.write({"step": step, **metrics})
-        self.progress.update(self.task, completed=step + 1)
-        if (step + 1) % max(1, self.num_steps // 10) == 0:
-            loss, nll = metrics["loss/diffusion"], metrics["loss/nll"]
-            self.say(f"step {step + 1:>5}/{self.num_steps}  loss {loss:.3f}  of a hidden token {nll:.3f}")
+    POLL_S = 0.5
+
+    def __enter__(self) -> Self:
+        self.told: set[str] = set()  # steps are done again after a worker was lost
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.follow, daemon=True)
+        self.thread.start()
+        return super().__enter__()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.ended.set()
+        self.thread.join()
+        super().__exit__(*exc_info)
+
+    def follow(self) -> None:
+        offset = self.metrics.path.stat().st_size if self.metrics.path.exists() else 0
+        while not self.ended.wait(self.POLL_S):
+            offset = self.read(offset)
+        self.read(offset)
+
+    def read(self, offset: int) -> int:
+        """Show whole lines from a byte on; where the next one begins. A file that has become shorter was cut back."""
+        file = self.metrics.path
+        size = file.stat().st_size if file.exists() else 0
+        with file.open("rb") if size > offset else io.BytesIO() as lines:
+            lines.seek(offset)
+            for line in lines:
+                if line.endswith(b"\n"):
+                    offset += len(line)
+                    self.show(json.loads(line))
+        return min(offset, size)
+
+    def show(self, row: Mapping[str, float]) -> None:
+        step = int(row["step"]) + 1
+        self.progress.update(self.task, completed=step)
+        if (loss := row.get("validation/diffusion")) is not None:
+            said = f"validation loss {loss:.3f}"
+        elif step % max(1, self.num_steps // 10) == 0 and row.get("loss/diffusion") is not None:
+            said = f"loss {row['loss/diffusion']:.3f}  {row['time/tokens_per_second']:,.0f} tokens/s"
+        else:
+            return
+        key = f"{step} {said.partition(' ')[0]}"
+        if key not in self.told:
+            self.told.add(key)
+            self.say(f"step {step:>5}/{self.num_steps}  {said}")
 
 
 # What `sampling_metrics` says; none of it belongs to the result of a run.

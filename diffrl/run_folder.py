@@ -3,14 +3,15 @@ by another run: a folder that holds one is moved aside first.
 """
 
 import json
+import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from diffrl.config import AnyConfig
-from diffrl.config_file import dump_config
+from diffrl.config_file import dump_config, load_config
 from diffrl.errors import ConfigError
 
 SCHEMA_VERSION = 1  # of the folder; raised with every change that an older reader would misread
@@ -28,8 +29,48 @@ def create_run_folder(config: AnyConfig, **facts: Any) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.yaml").write_text(dump_config(config))
     run = {"schema_version": SCHEMA_VERSION, "version": version("diffrl"), "git_commit": git_commit(), "attempt": 1}
-    (path / "run.json").write_text(json.dumps(run | facts, indent=2) + "\n")
+    write_run(path, run | facts)
     return path
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """run.json. `attempt`: how often the run has been started; `finished`: its seconds, when it is."""
+    return json.loads((path / "run.json").read_text())
+
+
+def write_run(path: Path, run: Mapping[str, Any]) -> None:
+    """Replace run.json, whole or not at all."""
+    part = path / "run.json.part"
+    part.write_text(json.dumps(run, indent=2) + "\n")
+    part.rename(path / "run.json")
+
+
+def unfinished_run(config: AnyConfig) -> dict[str, Any] | None:
+    """run.json of the run that `config.run_dir` holds and this config may go on with, None where there is none.
+
+    Raises ConfigError when that run has another config; only run_dir and ray may differ, which do not touch the result.
+    """
+    path = Path(config.run_dir)
+    check_run_folder(path, config.model.path)
+    if not (path / "run.json").is_file():
+        return None
+    then, now = (dict(fields_of(c.model_dump(mode="json"))) for c in (load_config(path / "config.yaml"), config))
+    for field in {**then, **now}:
+        if then.get(field) != now.get(field) and field.partition(".")[0] not in ("run_dir", "ray"):
+            raise ConfigError(
+                f"{field}: {now.get(field)!r} must be {then.get(field)!r}, with which the run in {path} was started, to "
+                "resume it; change it back, choose another run_dir, or leave --resume out to start anew"
+            )
+    return read_run(path)
+
+
+def fields_of(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every key of a resolved config."""
+    for key, value in section.items():
+        if isinstance(value, Mapping) and value:
+            yield from fields_of(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def check_run_folder(path: Path, model_path: str | None = None) -> None:
@@ -82,3 +123,15 @@ class MetricsFile:
     def write(self, row: Mapping[str, float | int | str | None]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(row, sort_keys=True) + "\n")
+
+    def sync(self) -> int:
+        """Bytes written so far, all of them on the disk by now."""
+        with self.path.open("a") as file:
+            os.fsync(file.fileno())
+            return file.tell()
+
+    def cut(self, size: int) -> None:
+        """Back to what it was at a `sync`."""
+        self.path.touch()
+        assert self.path.stat().st_size >= size, f"{self.path} has lost lines that were there before"
+        os.truncate(self.path, size)

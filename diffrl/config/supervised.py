@@ -37,6 +37,9 @@ class SupervisedTrain(Section):
     batch_size: Positive = 32  # rows of an optimizer step, over all workers
     rows_per_micro_batch: Positive | None = None  # of one worker; None: its whole share of the batch at once
     autocast_bf16: bool = False
+    max_bad_steps: Positive = (
+        4  # in a row with a NaN or infinite loss or gradient, which change nothing; then the run stops
+    )
 
 
 class TrainWorkers(EngineConfig):

@@ -194,8 +194,13 @@ def kept_sizes(manifest: Manifest, held_out: int) -> dict[str, int]:
 
 def read_part(folder: str | Path, part: Part, *, num_kept: int) -> list[Row]:
     """The rows of a part; `num_kept` rows of its file are trained on."""
+    return rows_of(read_table(folder, part, num_kept=num_kept))
+
+
+def read_table(folder: str | Path, part: Part, *, num_kept: int) -> pa.Table:
+    """The same, as they lie in the file."""
     order = np.random.Generator(np.random.Philox(part.seed)).permutation(num_kept)[part.first : part.stop]
-    return rows_of(pq.read_table(Path(folder) / part.file).take(pa.array(order)))
+    return pq.read_table(Path(folder) / part.file).take(pa.array(order))
 
 
 def held_out_rows(folder: str | Path, manifest: Manifest, held_out: int) -> list[Row]:

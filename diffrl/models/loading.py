@@ -13,7 +13,7 @@ from diffrl.data.sft import fenced
 from diffrl.models.base import PolicyModel
 from diffrl.models.folders import check_bidirectional, load_model
 from diffrl.models.llada import LladaModel
-from diffrl.models.lora import add_adapters, target_layers
+from diffrl.models.lora import add_adapters
 from diffrl.models.tiny import load_tokenizer, tiny_model, train_tokenizer
 from diffrl.models.tokens import special_id
 from diffrl.seeds import derive_seed
@@ -78,14 +78,15 @@ def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, seed
     return model
 
 
-def check_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> type[PolicyModel]:
-    """Whether `load_policy` will find what it needs, without reading any weights; its family. Raises ValueError."""
+def check_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PolicyModel:
+    """Whether `load_policy` will find what it needs, without reading any weights: a model of which only the shapes are
+    real. Raises ValueError."""
     if config.path is None:
-        return type(load_policy(config, tokenizer, seed=0))  # tiny
+        return load_policy(config, tokenizer, seed=0)  # tiny
     model = load_folder(config, tokenizer, meta=True)
     if config.lora is not None:
-        target_layers(model, config.lora.targets)
-    return type(model)
+        add_adapters(model, config.lora, torch.Generator())
+    return model
 
 
 def load_folder(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, meta: bool = False) -> PolicyModel:

@@ -199,7 +199,7 @@ def test_a_saved_state_goes_on(ray_cluster, tuned_model, tmp_path, learner: dict
 
 def test_another_layout_is_refused_in_one_line(tmp_path):
     layout = {"learner.num_ranks": 1, "learner.zero_stage": 0, "model.dtype": "float32"}
-    with pytest.raises(RunStoppedError, match=f"no complete state of a learner; name a folder with a {NOTE}"):
+    with pytest.raises(RunStoppedError, match=f"no complete save; name a folder with a {NOTE}"):
         read_note(tmp_path, layout)
     (tmp_path / NOTE).write_text(json.dumps({**layout, "version": 7}))
     assert read_note(tmp_path, layout) == {"version": 7}
