@@ -8,7 +8,9 @@ nothing happened to.
 
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -143,6 +145,7 @@ def run_job(job: StageJob) -> None:
     owns_ray = connect(job.config.ray.address, workers.num_workers * workers.cpus_per_worker, log_to_driver=False)
     if not (job.config.ray.address or os.environ.get("RAY_ADDRESS")):
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away with notice
+    on_interrupt = signal.getsignal(signal.SIGINT)  # Ray Train puts its own in place, and leaves it there
     own_files = job.folder / "ray_train"  # Ray Train's own, of which nothing is needed: checkpoints are ours
     try:
         trainer = ray.train.torch.TorchTrainer(
@@ -170,6 +173,8 @@ def run_job(job: StageJob) -> None:
             f"worker {rank}: {last_line(failure)}; checkpoints are in {job.folder / 'checkpoints'}, go on with --resume auto"
         ) from error
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)
         shutil.rmtree(own_files, ignore_errors=True)
         if owns_ray:
             ray.shutdown()
