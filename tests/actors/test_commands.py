@@ -115,15 +115,16 @@ def test_quickstart_stages_follow_one_another(ray_cluster: RayCluster, tmp_path:
     """The three commands of `make quickstart`, each cut short; every stage starts from the model before it."""
     pretrain, sft, rl = (tmp_path / name for name in ("pretrain", "sft", "rl"))
     short = ("train.steps=2", "data.max_stdlib_bytes=20000")
-    succeeds(readme("diffrl train configs/quickstart_pretrain.yaml", f"run_dir={pretrain}", *short))
+    cluster = {"RAY_ADDRESS": ray_cluster.address}
+    succeeds(readme("diffrl train configs/quickstart_pretrain.yaml", f"run_dir={pretrain}", *short), **cluster)
     sft_overrides = (f"run_dir={sft}", f"model.path={pretrain}/model", "train.steps=2")
-    succeeds(readme("diffrl train configs/quickstart_sft.yaml", *sft_overrides))
+    succeeds(readme("diffrl train configs/quickstart_sft.yaml", *sft_overrides), **cluster)
     rl_overrides = (
         *(f"run_dir={rl}", f"model.path={sft}/model", "train.steps=1", "method.group_size=2"),
         *("report.num_train_problems=3", "report.problems.limit=2"),
     )
     command = readme("diffrl train configs/quickstart.yaml model.path", *rl_overrides)
-    stdout = succeeds(command, RAY_ADDRESS=ray_cluster.address)
+    stdout = succeeds(command, **cluster)
     percent, change = r"\d+\.\d%", r"\d+\.\d% -> \d+\.\d%"
     assert re.fullmatch(
         rf"held-out pass@1 {change}, gain [+-]{percent[:-1]} \[95% -?\d+\.\d\.\.-?\d+\.\d\] at temperature 1.0 "

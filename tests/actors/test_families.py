@@ -57,7 +57,7 @@ def completions(run_dir: Path) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def tuned_llada(tuned_model: Path, problems: list[Problem], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tuned_llada(ray_cluster, tuned_model: Path, problems: list[Problem], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaDA of random weights with the tiny tokenizer and padded embeddings, tuned as `tuned_model` is."""
     folder = tmp_path_factory.mktemp("llada")
     tokenizer = load_policy_tokenizer(ModelConfig(path=str(tuned_model)))
@@ -193,7 +193,7 @@ def test_targets_that_are_no_layers_are_refused_before_anything_starts(tuned_mod
     assert not (tmp_path / "run").exists()
 
 
-def test_a_supervised_stage_exports_both(tmp_path):
+def test_a_supervised_stage_exports_both(ray_cluster, tmp_path):
     data = tmp_path / "sft.jsonl"
     data.write_text(json.dumps({"prompt": "one", "completion": "x + 1"}) + "\n")
     config = validate(
