@@ -52,14 +52,18 @@ def train_supervised(
         if run is not None and "finished" in run:
             print(f"{config.stage}: {config.run_dir} is finished; nothing was started")
             return
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="diffrl-rows-")))
-        prepared = prepare_stage(config, scratch if run is None else Path(config.run_dir))
+        parent = Path(config.run_dir).parent
+        if not dry_run:
+            parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=".diffrl-rows-", dir=None if dry_run else parent)
+        rows = Path(stack.enter_context(scratch))  # a new run's, until it is known that all is well
+        prepared = prepare_stage(config, rows if run is None or dry_run else Path(config.run_dir))
         if dry_run:
             print(f"ready: {prepared.summary()}; nothing was started")
             return
         folder = (create_run_folder(config) if run is None else Path(config.run_dir)).resolve()
-        if prepared.shards.is_relative_to(scratch):
-            shutil.move(prepared.shards, folder / "data")
+        if prepared.shards.is_relative_to(rows):
+            prepared.shards.rename(folder / "data")
         if run is not None:
             run["attempt"] += 1
             write_run(folder, run)
