@@ -57,7 +57,9 @@ def completions(run_dir: Path) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def tuned_llada(ray_cluster, tuned_model: Path, problems: list[Problem], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tuned_llada(
+    ray_cluster, tuned_model: Path, problems: list[Problem], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A LLaDA of random weights with the tiny tokenizer and padded embeddings, tuned as `tuned_model` is."""
     folder = tmp_path_factory.mktemp("llada")
     tokenizer = load_policy_tokenizer(ModelConfig(path=str(tuned_model)))

@@ -84,6 +84,8 @@ def make(parent: Path, data: dict[str, Path]) -> Make:
             "checkpoint": {"every": 8, "keep": 2},
             "validation": {"rows": HELD_OUT, "every": EVERY},
         }
+        if stage == "midtrain":
+            raw["optim"]["muon_lr"] = 0.01
         if stage == "pretrain":
             raw["adaptation"] = {"anneal_steps": 30, "random_length_frac": 0.2, "unnoised_prefix_frac": 0.2}
         for name, section in sections.items():
