@@ -10,6 +10,7 @@ the result of the job, so that nothing is tried again.
 """
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -81,6 +82,9 @@ class StageWorker:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         torch.set_num_threads(config.workers.threads)
         self.device = ray.train.torch.get_device()
+        if self.device.type == "cuda":  # of all that this node's workers see; DeepSpeed takes it from the environment
+            torch.cuda.set_device(self.device)
+            os.environ["LOCAL_RANK"] = str(self.device.index)
         start_deepspeed(self.device.type)
         self.model = load_policy(config.model, job.tokenizer, seed=config.seed).to(self.device)
         optimizers = make_optimizers(self.model, config.optim)
@@ -109,6 +113,7 @@ class StageWorker:
         """From the newest checkpoint to the exported model."""
         config, num_steps = self.config, self.job.num_steps
         self.progress = self.resumed()
+        self.ready_at = time.perf_counter()
         for rows in self.batches():
             self.train_step(rows)
             step = self.progress.step
@@ -116,6 +121,7 @@ class StageWorker:
             improved = (last or step % (config.validation.every or num_steps) == 0) and self.validate()
             if last or improved or step % config.checkpoint.every == 0:
                 self.save()
+            self.ready_at = time.perf_counter()
         self.export("model")
         if self.progress.best_step not in (None, num_steps):
             self.engine.load(checkpoint_path(self.job.folder, self.progress.best_step))
@@ -179,7 +185,8 @@ class StageWorker:
         optim = {"optim/grad_norm": norm, "optim/lr": rates[0], "optim/bad_steps": int(norm is None)}
         seconds = time.perf_counter() - started
         tokens = totals["data/tokens"] or 0.0
-        times = {"time/step": seconds, "time/tokens_per_second": round(tokens / seconds, 1)}
+        waited = started - self.ready_at  # for rows
+        times = {"time/rows": waited, "time/step": seconds, "time/tokens_per_second": tokens / (waited + seconds)}
         self.write({"step": step, **totals, **optim, **times})
         self.progress = replace(self.progress, step=step + 1, num_bad=num_bad)
         if num_bad >= self.config.train.max_bad_steps:
