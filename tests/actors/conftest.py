@@ -13,6 +13,7 @@ from diffrl.data.microcode import microcode_problems
 from diffrl.data.sft import fenced
 from diffrl.prompts import build_prompt
 from diffrl.types import Problem
+from tests.conftest import RayCluster
 
 NUM_PROBLEMS = 6
 WINDOW = {"max_prompt_tokens": 40, "completion_tokens": 40}
@@ -33,7 +34,7 @@ def problems_file(problems: list[Problem], tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
-def tuned_model(problems: list[Problem], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tuned_model(ray_cluster: RayCluster, problems: list[Problem], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Instruction-tuned on right and wrong programs for those problems; a Hugging Face folder."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2}
     return tune(tmp_path_factory.mktemp("tuned"), problems, {"tiny": sizes}, steps=200)
