@@ -38,9 +38,7 @@ engine:
 	$(call debian,dockerd debootstrap ip,docker.io debootstrap iproute2,tests of containers are skipped without any engine)
 
 quickstart: venv system
-	$(BIN)/diffrl train configs/quickstart_pretrain.yaml
-	$(BIN)/diffrl train configs/quickstart_sft.yaml
-	$(BIN)/diffrl train configs/quickstart.yaml model.path=runs/quickstart_sft/model
+	$(BIN)/diffrl pipeline configs/quickstart_pipeline.yaml
 
 quickstart-seeds: venv system
 	$(BIN)/python -m tests.benchmarks.quickstart_seeds
@@ -55,7 +53,7 @@ bench-sampler: venv
 	$(BIN)/python -m tests.benchmarks.sampler
 
 bench-sampler-frontier: venv system  # after make quickstart
-	$(BIN)/python -m tests.benchmarks.sampler_frontier runs/quickstart/model
+	$(BIN)/python -m tests.benchmarks.sampler_frontier runs/quickstart/rl/model
 
 lint: venv
 	$(BIN)/ruff format --check .

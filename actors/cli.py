@@ -1,5 +1,5 @@
-"""The `diffrl` command: train, eval, generate, judge, data, sandbox, config. Bad input is one line on stderr and exit status 2;
-a run that had to stop, one line and status 1.
+"""The `diffrl` command: train, pipeline, eval, generate, judge, data, sandbox, config. Bad input is one line on stderr and
+exit status 2; a run that had to stop, one line and status 1.
 """
 
 import sys
@@ -56,16 +56,40 @@ def train(
     resolved = load_config(config, overrides or [])
     if resume not in (None, "auto"):
         raise ConfigError(f"--resume: {resume!r} must be auto")
+    if dry_run:
+        from actors.dry_run import dry_run as check
+
+        check(resolved)
+        return
     if isinstance(resolved, RLConfig):
         if resume is not None:
             raise ConfigError("--resume: auto is for the supervised stages, rl starts anew; leave it out")
         from actors.driver import train as train_rl  # imports Ray and torch: not for `diffrl --help`
 
-        train_rl(resolved, dry_run=dry_run)
+        train_rl(resolved)
     else:
         from actors.stages import train_supervised
 
-        train_supervised(resolved, dry_run=dry_run, resume=resume)
+        train_supervised(resolved, resume=resume)
+
+
+@app.command()
+def pipeline(
+    config: Annotated[str, typer.Argument(help="YAML file, such as configs/quickstart_pipeline.yaml")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, such as run_dir=runs/mine or stages.sft.optim.lr=1e-3")
+    ] = None,
+    first: Annotated[str | None, typer.Option("--from", help="earlier stages are taken as they are")] = None,
+    until: Annotated[str | None, typer.Option("--until", help="the last stage")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, show the plan, start nothing")] = False,
+) -> None:
+    """Run several stages one after the other; what is finished and unchanged is not run again."""
+    from diffrl.pipeline_file import load_pipeline
+
+    resolved = load_pipeline(config, overrides or [])
+    from actors.pipeline import run_pipeline  # imports Ray and torch
+
+    run_pipeline(resolved, first=first, until=until, only_plan=dry_run)
 
 
 @app.command(name="config")
@@ -192,7 +216,7 @@ def add_tokens(
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="Hugging Face folder, such as runs/quickstart/model")],
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, such as runs/quickstart/rl/model")],
     prompt: Annotated[
         str | None, typer.Argument(help="what the program should do; with --infill, a text with holes <fill:N>")
     ] = None,

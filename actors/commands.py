@@ -41,7 +41,7 @@ MAX_TOKENS = 1 << 13  # positions of a forward pass of an evaluation
 class SampleOptions:
     """How a model folder is sampled; None and top_k 0 are the command line's words for what is not said.
 
-    SampleOptions(model="runs/quickstart/model", tokens=34, steps=None, temperature=0.0, top_p=0.95, top_k=50,
+    SampleOptions(model="runs/quickstart/rl/model", tokens=34, steps=None, temperature=0.0, top_p=0.95, top_k=50,
                   algorithm="entropy", seed=0)
     """
 
@@ -288,7 +288,7 @@ def check_folder(path: str) -> Path:
     if not (Path(path) / "config.json").is_file():
         raise ConfigError(
             f"MODEL: {path} is no model folder, it holds no config.json; give a Hugging Face folder, such as "
-            "runs/quickstart/model"
+            "runs/quickstart/rl/model"
         )
     return Path(path)
 

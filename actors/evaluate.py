@@ -10,7 +10,7 @@ from diffrl.analysis import paired_bootstrap, pass_at_k
 from diffrl.config import RLConfig
 from diffrl.errors import RunStoppedError
 from diffrl.seeds import derive_seed
-from diffrl.types import Problem
+from diffrl.types import Judgement, Problem
 
 REPORT_TEMPERATURES = (1.0, 0.4)
 EVALUATION_ATTEMPTS = 5  # times those of a training step
@@ -41,6 +41,14 @@ class PassRates:
         return {family: sum(values) / len(values) for family, values in sorted(rates.items())}
 
 
+def num_correct(problem: Problem, judgements: Sequence[Judgement]) -> int:
+    """Samples that passed every graded test. RunStoppedError when the judge failed on one."""
+    unjudged = next((j for j in judgements if not j.valid), None)
+    if unjudged is not None:
+        raise RunStoppedError(f"evaluation: {problem.id} could not be judged: {unjudged.detail}")
+    return sum(j.format == 1.0 and all(s == "passed" for s in j.statuses or ()) for j in judgements)
+
+
 class Evaluator:
     """Pass rates of one version of the policy, sampled exactly even where rollouts are not. Every sample must be judged,
     so the judge is tried more often than in a step of training, where a sample may be left out."""
@@ -69,12 +77,7 @@ class Evaluator:
         ]
         correct = [0] * len(problems)
         for scored in self.pipeline.run(requests):
-            unjudged = next((j for j in scored.judgements if not j.valid), None)
-            if unjudged is not None:
-                raise RunStoppedError(f"evaluation: {scored.group.problem.id} could not be judged: {unjudged.detail}")
-            correct[scored.group.ordinal] = sum(
-                j.format == 1.0 and all(s == "passed" for s in j.statuses or ()) for j in scored.judgements
-            )
+            correct[scored.group.ordinal] = num_correct(scored.group.problem, scored.judgements)
         return PassRates(
             num_samples=num_samples, num_correct=tuple(correct), families=tuple(p.family for p in problems)
         )

@@ -90,12 +90,7 @@ def choose_sandbox(config: SandboxConfig) -> tuple[SandboxConfig, str]:
 
 
 def check_devices(config: RLConfig) -> None:
-    needed = (
-        config.rollout.num_workers * config.rollout.gpus_per_worker
-        + config.num_reference_workers * config.reference.gpus
-        + config.learner.num_ranks * config.learner.gpus_per_rank
-    )
-    check_gpus("rollout, reference and learner", needed, config.ray.address)
+    check_gpus("rollout, reference and learner", config.num_gpus, config.ray.address)
 
 
 def check_gpus(who: str, needed: float, address: str | None) -> None:

@@ -95,24 +95,36 @@ class RolloutWorker:
                 device=self.holder.device,
             )
 
-        ids_L = torch.from_numpy(np.pad(prompt_P.astype(np.int64), (0, self.completion_tokens)))
-        hidden_L = torch.arange(len(ids_L)) >= len(prompt_P)
-        canvases = [Canvas(ids_L=ids_L, hidden_L=hidden_L, seed=seeds[index]) for index in indices]
+        canvases = canvases_of(prompt_P, self.completion_tokens, [seeds[index] for index in indices])
         filled = self.batcher.fill((weights.version, params), engine, canvases)
-        return tuple(self.rollout(index, seeds[index], row) for index, row in zip(indices, filled, strict=True))
+        return tuple(
+            rollout_of(self.tokenizer, row, completion_tokens=self.completion_tokens, index=index, seed=seeds[index])
+            for index, row in zip(indices, filled, strict=True)
+        )
 
-    def rollout(self, index: int, seed: int, row: Filled) -> Rollout:
-        ids_C, step_map_C, probability_C = (
-            tensor[-self.completion_tokens :].cpu().numpy() for tensor in (row.ids_L, row.step_map_L, row.probability_L)
-        )
-        ends = end_ids(self.tokenizer)
-        num_tokens = length_with_end(ids_C, ends)
-        return Rollout(
-            sample_index=index,
-            seed=seed,
-            completion_ids_C=ids_C.astype(np.int32),
-            step_map_C=step_map_C.astype(np.int32),
-            probability_C=probability_C.astype(np.float16),
-            num_tokens=num_tokens,
-            text=decode(self.tokenizer, ids_C[:num_tokens], ends),
-        )
+
+def canvases_of(prompt_P: np.ndarray, completion_tokens: int, seeds: Sequence[int]) -> list[Canvas]:
+    """A prompt and its hidden window, once for each seed."""
+    ids_L = torch.from_numpy(np.pad(prompt_P.astype(np.int64), (0, completion_tokens)))
+    hidden_L = torch.arange(len(ids_L)) >= len(prompt_P)
+    return [Canvas(ids_L=ids_L, hidden_L=hidden_L, seed=seed) for seed in seeds]
+
+
+def rollout_of(
+    tokenizer: PreTrainedTokenizerFast, row: Filled, *, completion_tokens: int, index: int, seed: int
+) -> Rollout:
+    """A filled canvas as a rollout; the completion is its last `completion_tokens` positions."""
+    ids_C, step_map_C, probability_C = (
+        tensor[-completion_tokens:].cpu().numpy() for tensor in (row.ids_L, row.step_map_L, row.probability_L)
+    )
+    ends = end_ids(tokenizer)
+    num_tokens = length_with_end(ids_C, ends)
+    return Rollout(
+        sample_index=index,
+        seed=seed,
+        completion_ids_C=ids_C.astype(np.int32),
+        step_map_C=step_map_C.astype(np.int32),
+        probability_C=probability_C.astype(np.float16),
+        num_tokens=num_tokens,
+        text=decode(tokenizer, ids_C[:num_tokens], ends),
+    )

@@ -6,7 +6,7 @@ The code of their model cards runs with another loader:
 from diffrl.config import ModelConfig
 from diffrl.models.loading import load_policy, load_policy_tokenizer
 
-config = ModelConfig(path="runs/quickstart/model")
+config = ModelConfig(path="runs/quickstart/rl/model")
 tokenizer = load_policy_tokenizer(config)
 model = load_policy(config, tokenizer, seed=0).eval()
 inputs = tokenizer("def f(x):", return_tensors="pt")

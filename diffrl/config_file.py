@@ -36,6 +36,14 @@ def parse_value(text: str) -> Any:
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
     """Read a YAML config, apply `key.sub=value` overrides, validate. Raises ConfigError."""
+    raw = read_mapping(path)
+    for override in overrides:
+        apply_override(raw, override)
+    return validate(raw, str(path))
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """A YAML file as it is. Raises ConfigError."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(
@@ -47,9 +55,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: {raw!r} is not a mapping; write `stage: rl` and further keys")
-    for override in overrides:
-        apply_override(raw, override)
-    return validate(raw, str(path))
+    return raw
 
 
 def apply_override(raw: dict, override: str) -> None:
@@ -70,6 +76,8 @@ def apply_override(raw: dict, override: str) -> None:
 
 def validate(raw: Mapping[str, Any], origin: str) -> AnyConfig:
     stage = raw.get("stage")
+    if stage is None and "stages" in raw:
+        raise ConfigError(f"{origin}: stages: this is a pipeline, not a stage; run it with `diffrl pipeline {origin}`")
     if not isinstance(stage, str) or stage not in STAGES:
         raise ConfigError(f"{origin}: stage: {stage!r} must be one of {', '.join(get_args(Stage))}")
     try:
@@ -110,6 +118,6 @@ def fields_at(root: type[BaseModel], loc: Sequence[str]) -> list[str]:
     return list(model.model_fields) if model is not None else []
 
 
-def dump_config(config: AnyConfig) -> str:
+def dump_config(config: BaseModel) -> str:
     """The resolved config as YAML that `load_config` reads back."""
     return yaml.dump(TypeAdapter(type(config)).dump_python(config, mode="json"), Dumper=_Dumper, sort_keys=False)

@@ -302,6 +302,14 @@ class RLConfig(Section):
     def num_reference_workers(self) -> int:
         return self.reference.num_workers if self.method.kl_coef > 0 and self.reference.mode == "actor" else 0
 
+    @property
+    def num_gpus(self) -> float:
+        return (
+            self.rollout.num_workers * self.rollout.gpus_per_worker
+            + self.num_reference_workers * self.reference.gpus
+            + self.learner.num_ranks * self.learner.gpus_per_rank
+        )
+
     @model_validator(mode="after")
     def check(self):
         prompts, ranks = self.train.prompts_per_step, self.learner.num_ranks

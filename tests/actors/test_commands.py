@@ -29,9 +29,9 @@ ROOT = Path(__file__).parents[2]
 MAX_UPLOAD = 20 << 20
 # README's commands by their first words; each is run below, as it stands there but for overrides that cut it short.
 COMMANDS = (
+    "diffrl pipeline configs/quickstart_pipeline.yaml",
+    "diffrl pipeline configs/diffucoder_7b/pipeline.yaml",
     "diffrl train configs/quickstart_pretrain.yaml",
-    "diffrl train configs/quickstart_sft.yaml",
-    "diffrl train configs/quickstart.yaml model.path",
     "diffrl train configs/quickstart.yaml --dry-run",
     "diffrl train configs/mbpp.yaml",
     "diffrl config",
@@ -57,7 +57,9 @@ def readme_commands() -> list[str]:
     return [
         c
         for c in commands
-        if re.match(r"(diffrl (train|data|eval|generate|config|judge|sandbox)|ray|python3?|\S+/python3?) [^A-Z]", c)
+        if re.match(
+            r"(diffrl (train|pipeline|data|eval|generate|config|judge|sandbox)|ray|python3?|\S+/python3?) [^A-Z]", c
+        )
     ]
 
 
@@ -111,27 +113,45 @@ def test_every_command_of_the_readme_is_run_here():
         assert source.count(f'"{start}"') == 2, f"listed, but not run: {start!r}"
 
 
-def test_quickstart_stages_follow_one_another(ray_cluster: RayCluster, tmp_path: Path):
-    """The three commands of `make quickstart`, each cut short; every stage starts from the model before it."""
-    pretrain, sft, rl = (tmp_path / name for name in ("pretrain", "sft", "rl"))
-    short = ("train.steps=2", "data.max_stdlib_bytes=20000")
-    cluster = {"RAY_ADDRESS": ray_cluster.address}
-    succeeds(readme("diffrl train configs/quickstart_pretrain.yaml", f"run_dir={pretrain}", *short), **cluster)
-    sft_overrides = (f"run_dir={sft}", f"model.path={pretrain}/model", "train.steps=2")
-    succeeds(readme("diffrl train configs/quickstart_sft.yaml", *sft_overrides), **cluster)
-    rl_overrides = (
-        *(f"run_dir={rl}", f"model.path={sft}/model", "train.steps=1", "method.group_size=2"),
-        *("report.num_train_problems=3", "report.problems.limit=2"),
+def test_the_quickstart_is_a_pipeline(ray_cluster: RayCluster, tmp_path: Path):
+    """The command of `make quickstart`, its stages cut short; every stage starts from the model before it."""
+    assert "$(BIN)/diffrl pipeline configs/quickstart_pipeline.yaml\n" in (ROOT / "Makefile").read_text()
+    text = [
+        f"stages.{name}.{key}"
+        for name in ("pretrain", "midtrain")
+        for key in ("train.steps=2", "data.max_stdlib_bytes=20000")
+    ]
+    rl = ("train.steps=1", "method.group_size=2", "report.num_train_problems=3", "report.problems.limit=2")
+    overrides = (
+        *(f"run.dir={tmp_path}/run", *text, "stages.sft.train.steps=2", *(f"stages.rl.{key}" for key in rl)),
+        *("evaluation.problems.limit=3", "evaluation.num_samples=2"),
     )
-    command = readme("diffrl train configs/quickstart.yaml model.path", *rl_overrides)
-    stdout = succeeds(command, **cluster)
+    command = readme("diffrl pipeline configs/quickstart_pipeline.yaml", *overrides)
+    stdout = succeeds(command, RAY_ADDRESS=ray_cluster.address)
     percent, change = r"\d+\.\d%", r"\d+\.\d% -> \d+\.\d%"
-    assert re.fullmatch(
-        rf"held-out pass@1 {change}, gain [+-]{percent[:-1]} \[95% -?\d+\.\d\.\.-?\d+\.\d\] at temperature 1.0 "
-        rf"\(at 0.4: {change}; greedy: {change}; pass@8: {change}; training problems: {change}\), seed 0",
-        stdout.splitlines()[-1],
+    assert re.search(
+        rf"^held-out pass@1 {change}, gain [+-]{percent[:-1]} \[95% -?\d+\.\d\.\.-?\d+\.\d\] at temperature 1.0 "
+        rf"\(at 0.4: {change}; greedy: {change}; pass@8: {change}; training problems: {change}\), seed 0$",
+        stdout,
+        re.MULTILINE,
     ), stdout
-    assert len(json.loads((rl / "report_after.json").read_text())["held_out/t1.0"]["num_correct"]) == 2
+    assert len(json.loads((tmp_path / "run/rl/report_after.json").read_text())["held_out/t1.0"]["num_correct"]) == 2
+    rows = json.loads((tmp_path / "run/pipeline.json").read_text())["stages"]
+    assert [(row["stage"], row["steps"], "pass@2" in row) for row in rows] == [
+        *(("pretrain", 2, True), ("midtrain", 2, True), ("sft", 2, True), ("rl", 1, True))
+    ]
+    assert all(re.search(rf"│ {row['stage']} +│ run +│ {row['steps']} +│", stdout) for row in rows), stdout
+
+
+def test_the_7b_pipeline_is_planned_where_its_models_are_not():
+    stdout = succeeds(readme("diffrl pipeline configs/diffucoder_7b/pipeline.yaml"))
+    assert stdout.splitlines()[-1] == "nothing was started" and stdout.count("GPU-days") == 4
+
+
+def test_one_stage_alone(tmp_path: Path):
+    overrides = (f"run_dir={tmp_path}/run", "train.steps=2", "data.max_stdlib_bytes=20000")
+    succeeds(readme("diffrl train configs/quickstart_pretrain.yaml", *overrides))
+    assert (tmp_path / "run/model/model.safetensors").is_file()
 
 
 def test_mbpp_runs_with_real_verdicts(ray_cluster: RayCluster, tmp_path: Path):
@@ -252,7 +272,7 @@ FIGURES = r"\d+ tokens, \d+ forward passes, [\d.]+ s, [\d.]+ tokens/s"
 
 def test_generate_prints_a_completion_and_draws_how_it_came(tuned_model: Path, tmp_path: Path):
     command = readme(
-        "diffrl generate runs", **{"runs/quickstart/model": str(tuned_model), "f.html": f"{tmp_path}/f.html"}
+        "diffrl generate runs", **{"runs/quickstart/rl/model": str(tuned_model), "f.html": f"{tmp_path}/f.html"}
     )
     made = run(*command, "--tokens", "40", "--save-svg", f"{tmp_path}/f.svg", "--steps", "41")
     assert made.returncode == 0, made.stderr
@@ -300,7 +320,7 @@ def on_a_terminal(command: Sequence[str]) -> tuple[str, str]:
 
 
 def test_infill_keeps_what_is_given(tuned_model: Path, tmp_path: Path, called: Called):
-    command = readme("diffrl generate --infill", **{"runs/quickstart/model": str(tuned_model)})
+    command = readme("diffrl generate --infill", **{"runs/quickstart/rl/model": str(tuned_model)})
     status, stdout, stderr = called(*command[1:])
     assert status == 0 and stdout.startswith("def f(x): return ") and stdout.count("\n") >= 1
     assert stderr.startswith("6 tokens, ")

@@ -17,6 +17,7 @@ from diffrl.analysis import paired_bootstrap
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results" / "quickstart_seeds.md"
+STAGES = ("pretrain", "midtrain", "sft", "rl")
 KEYS = ("held_out/t1.0", "held_out/t0.4", "held_out/greedy", "train/t1.0")
 
 Report = dict[str, PassRates]
@@ -26,18 +27,18 @@ def diffrl(*args: str) -> float:
     """Run one command as a user would; seconds it took."""
     started = time.perf_counter()
     program = Path(sys.executable).parent / "diffrl"
-    subprocess.run([str(program), "train", *args], cwd=ROOT, check=True)
+    subprocess.run([str(program), *args], cwd=ROOT, check=True)
     return time.perf_counter() - started
 
 
 def run_seed(seed: int, folder: Path, overrides: list[str]) -> list[float]:
-    """Pre-training, instruction tuning and RL; seconds of each."""
-    pretrain, sft, rl = (folder / f"seed{seed}" / name for name in ("pretrain", "sft", "rl"))
-    return [
-        diffrl("configs/quickstart_pretrain.yaml", f"seed={seed}", f"run_dir={pretrain}"),
-        diffrl("configs/quickstart_sft.yaml", f"seed={seed}", f"run_dir={sft}", f"model.path={pretrain}/model"),
-        diffrl("configs/quickstart.yaml", f"seed={seed}", f"run_dir={rl}", f"model.path={sft}/model", *overrides),
-    ]
+    """All four stages; seconds of each, and of all else (evaluations, start)."""
+    run_dir = folder / f"seed{seed}"
+    own = [f"stages.{name}.seed={seed}" for name in STAGES] + [f"stages.rl.{override}" for override in overrides]
+    total = diffrl("pipeline", "configs/quickstart_pipeline.yaml", f"run_dir={run_dir}", *own)
+    rows = json.loads((run_dir / "pipeline.json").read_text())["stages"]
+    parts = [row["seconds"] for row in rows]
+    return [*parts, total - sum(parts)]
 
 
 def reports(run_dir: Path) -> tuple[Report, Report]:
@@ -104,7 +105,7 @@ def main() -> None:
     times = {seed: run_seed(seed, options.folder, options.overrides) for seed in options.seeds}
     first = options.seeds[0]
     diffrl(
-        *("configs/quickstart.yaml", f"seed={first}", f"run_dir={options.folder}/control"),
+        *("train", "configs/quickstart.yaml", f"seed={first}", f"run_dir={options.folder}/control"),
         *(f"model.path={options.folder}/seed{first}/sft/model", "reward.shuffle_within_group=true"),
         *options.overrides,
     )
@@ -131,7 +132,7 @@ def main() -> None:
             f"Mean gain over seeds: held-out T=1.0 {100 * mean_gain(list(runs.values()), KEYS[0]):+.1f}, greedy "
             f"{100 * mean_gain(list(runs.values()), KEYS[2]):+.1f}, training problems "
             f"{100 * mean_gain(list(runs.values()), KEYS[3]):+.1f} points.",
-            f"Wall time (pre-training + instruction tuning + RL with both reports): {seconds}.",
+            f"Wall time (pre-training + mid-training + instruction tuning + RL with both reports + evaluations): {seconds}.",
             "",
             "## Families: held-out pass@1 at T=1.0, mean over seeds",
             "",

@@ -97,9 +97,9 @@ def test_a_row_longer_than_the_context_is_refused(model):
 
 def test_the_documented_code_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     found = re.search(r"```python\n(.*?)```", compat.__doc__ or "", re.DOTALL)
-    assert found and found[1].count("runs/quickstart/model") == 1
+    assert found and found[1].count("runs/quickstart/rl/model") == 1
     names: dict = {}
-    exec(found[1].replace("runs/quickstart/model", str(tiny_folder(tmp_path / "model"))), names)
+    exec(found[1].replace("runs/quickstart/rl/model", str(tiny_folder(tmp_path / "model"))), names)
     output, prompt = names["output"], names["inputs"].input_ids
     assert output.sequences.shape[1] == prompt.shape[1] + 16 == output.history[0].shape[1]
     assert torch.equal(output.history[-1], output.sequences) and len(output.history) == 16

@@ -11,18 +11,21 @@ import pytest
 import yaml
 
 from actors import cli
-from diffrl.config import AnyConfig, MethodConfig, PretrainConfig, RLConfig, SftConfig
+from diffrl.config import STAGES, AnyConfig, MethodConfig, PretrainConfig, RLConfig, SftConfig
 from diffrl.config_file import dump_config, load_config, parse_value, validate
 from diffrl.data.corpus import microcode_text
 from diffrl.errors import ConfigError
 from diffrl.models import loading
 from diffrl.models.tiny import train_tokenizer
+from diffrl.pipeline_file import load_pipeline
 from diffrl.rewards import RECIPE_WEIGHTS
 from diffrl.sampler import SamplingParams
 from diffrl.views import ViewOptions
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+PIPELINES = [path for path in FILES if path.stem.endswith("pipeline")]
+CONFIGS = [path for path in FILES if path not in PIPELINES]
 SMALLEST = {"stage": "rl", "data": {"source": "microcode"}}
 # A config of the quickstart's kind, whose numbers the messages below repeat.
 BASE = """
@@ -78,6 +81,14 @@ def loaded(path: str, *overrides: str) -> RLConfig:
 
 def test_there_are_configs():
     assert "quickstart.yaml" in [path.name for path in CONFIGS]
+    assert [path.name for path in PIPELINES] == ["pipeline.yaml", "quickstart_pipeline.yaml"]
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.name)
+def test_every_pipeline_has_the_four_stages(path):
+    pipeline = load_pipeline(path)
+    assert [config.stage for config in pipeline.stages.values()] == list(STAGES)
+    assert parse_value(dump_config(pipeline.config)) == pipeline.config.model_dump(mode="json")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -516,7 +527,11 @@ def test_dry_run_checks_everything_and_starts_nothing(monkeypatch, capsys, tmp_p
     arguments = [f"run_dir={folder}", "sandbox.allow_unisolated=true", "train.steps=7"]
     status, out, err = run_main(monkeypatch, capsys, "train", base, "--dry-run", *arguments)
     assert status == 0 and not folder.exists()
-    assert out.startswith("ready: ") and out.endswith(" problems, 7 steps; nothing was started\n")
+    ready, *estimates = out.splitlines()
+    assert ready.startswith("ready: ") and ready.endswith(" problems, 7 steps; nothing was started")
+    assert estimates[0].startswith("estimate: 1,087,520 parameters") and estimates[-1].startswith(
+        "7 steps of 30,720 tokens"
+    )
     assert err == ""
 
 
