@@ -529,9 +529,8 @@ def test_dry_run_checks_everything_and_starts_nothing(monkeypatch, capsys, tmp_p
     assert status == 0 and not folder.exists()
     ready, *estimates = out.splitlines()
     assert ready.startswith("ready: ") and ready.endswith(" problems, 7 steps; nothing was started")
-    assert estimates[0].startswith("estimate: 1,087,520 parameters") and estimates[-1].startswith(
-        "7 steps of 30,720 tokens"
-    )
+    assert estimates[0].startswith("estimate: 1,087,520 parameters")
+    assert estimates[-1].startswith("7 steps of 4,080 tokens")  # 12 prompts x 10 completions of 34
     assert err == ""
 
 
