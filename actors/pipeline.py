@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import ray
@@ -315,7 +316,8 @@ def is_here(model: ModelConfig) -> bool:
 
 
 def read_metrics(folder: Path, config: AnyConfig) -> dict[str, float]:
-    """Steps, first and last loss (of RL the rewards too) of metrics.jsonl."""
+    """Steps of metrics.jsonl, and its loss (of RL the rewards too) at first and at last: means over a fifth of the steps,
+    for a single step's depends on what it hid."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     keys = (
         {"loss": "loss/total", "reward": "reward/mean"} if isinstance(config, RLConfig) else {"loss": "loss/diffusion"}
@@ -323,7 +325,9 @@ def read_metrics(folder: Path, config: AnyConfig) -> dict[str, float]:
     steps = [row for row in rows if keys["loss"] in row]
     metrics: dict[str, float] = {"steps": steps[-1]["step"] + 1}
     for name, key in keys.items():
-        metrics |= {f"{name}_first": steps[0][key], f"{name}_last": steps[-1][key]}
+        values = [row[key] for row in steps if row[key] is not None]
+        count = -(-len(values) // 5)
+        metrics |= {f"{name}_first": fmean(values[:count]), f"{name}_last": fmean(values[-count:])}
     return metrics
 
 
