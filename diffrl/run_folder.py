@@ -48,13 +48,17 @@ def write_run(path: Path, run: Mapping[str, Any]) -> None:
 def unfinished_run(config: AnyConfig) -> dict[str, Any] | None:
     """run.json of the run that `config.run_dir` holds and this config may go on with, None where there is none.
 
-    Raises ConfigError when that run has another config; only run_dir and ray may differ, which do not touch the result.
+    Raises ConfigError when that run has another config; only run_dir and ray may differ, which do not touch the result, and
+    model.path where it moved along with run_dir.
     """
     path = Path(config.run_dir)
     check_run_folder(path, config.model.path)
     if not (path / "run.json").is_file():
         return None
-    then, now = (dict(fields_of(c.model_dump(mode="json"))) for c in (load_config(path / "config.yaml"), config))
+    started_with = load_config(path / "config.yaml")
+    then, now = (dict(fields_of(c.model_dump(mode="json"))) for c in (started_with, config))
+    if model_from_run(started_with) == model_from_run(config):
+        then["model.path"] = now["model.path"]
     for field in {**then, **now}:
         if then.get(field) != now.get(field) and field.partition(".")[0] not in ("run_dir", "ray"):
             raise ConfigError(
@@ -62,6 +66,11 @@ def unfinished_run(config: AnyConfig) -> dict[str, Any] | None:
                 "resume it; change it back, choose another run_dir, or leave --resume out to start anew"
             )
     return read_run(path)
+
+
+def model_from_run(config: AnyConfig) -> str | None:
+    """model.path as seen from run_dir."""
+    return None if config.model.path is None else os.path.relpath(config.model.path, config.run_dir)
 
 
 def fields_of(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -275,6 +275,8 @@ def test_the_7b_pipeline_passes_a_dry_run(capsys: pytest.CaptureFixture[str]):
 
 
 def test_a_stage_that_is_not_the_known_model_must_be_there():
-    config = load_config(ROOT / "configs" / "diffucoder_7b" / "sft.yaml", ["model.known_as=null"])
+    config = load_config(
+        ROOT / "configs" / "diffucoder_7b" / "sft.yaml", ["model.known_as=null", "workers.gpus_per_worker=0"]
+    )
     with pytest.raises(ConfigError, match=r"model.path: runs/diffucoder_7b/midtrain/model is not a folder"):
         dry_run(config)
