@@ -49,28 +49,30 @@ def unfinished_run(config: AnyConfig) -> dict[str, Any] | None:
     """run.json of the run that `config.run_dir` holds and this config may go on with, None where there is none.
 
     Raises ConfigError when that run has another config; only run_dir and ray may differ, which do not touch the result, and
-    model.path where it moved along with run_dir.
+    paths that moved along with run_dir.
     """
     path = Path(config.run_dir)
     check_run_folder(path, config.model.path)
     if not (path / "run.json").is_file():
         return None
-    started_with = load_config(path / "config.yaml")
-    then, now = (dict(fields_of(c.model_dump(mode="json"))) for c in (started_with, config))
-    if model_from_run(started_with) == model_from_run(config):
-        then["model.path"] = now["model.path"]
+    then, now = (resolved_fields(c) for c in (load_config(path / "config.yaml"), config))
     for field in {**then, **now}:
-        if then.get(field) != now.get(field) and field.partition(".")[0] not in ("run_dir", "ray"):
+        (old, old_place), (new, new_place) = then.get(field, (None, None)), now.get(field, (None, None))
+        if old != new and old_place != new_place and field.partition(".")[0] not in ("run_dir", "ray"):
             raise ConfigError(
-                f"{field}: {now.get(field)!r} must be {then.get(field)!r}, with which the run in {path} was started, to "
+                f"{field}: {new!r} must be {old!r}, with which the run in {path} was started, to "
                 "resume it; change it back, choose another run_dir, or leave --resume out to start anew"
             )
     return read_run(path)
 
 
-def model_from_run(config: AnyConfig) -> str | None:
-    """model.path as seen from run_dir."""
-    return None if config.model.path is None else os.path.relpath(config.model.path, config.run_dir)
+def resolved_fields(config: AnyConfig) -> dict[str, tuple[Any, Any]]:
+    """(value, of a path also the way to it from run_dir, else the value again) of every key."""
+    fields = dict(fields_of(config.model_dump(mode="json")))
+    return {
+        field: (value, os.path.relpath(value, config.run_dir) if field.endswith(".path") and value else value)
+        for field, value in fields.items()
+    }
 
 
 def fields_of(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
