@@ -55,13 +55,13 @@ bench-sampler: venv
 bench-sampler-frontier: venv system  # after make quickstart
 	$(BIN)/python -m tests.benchmarks.sampler_frontier runs/quickstart/rl/model
 
+bench-supervised: venv
+	$(BIN)/python -m tests.benchmarks.supervised
+
 lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-
-bench-supervised: venv
-	$(BIN)/python -m tests.benchmarks.supervised
 
 test: lint system engine
 	$(BIN)/python -m pytest -m 'not slow' --durations=25

@@ -56,14 +56,14 @@ def train(
     resolved = load_config(config, overrides or [])
     if resume not in (None, "auto"):
         raise ConfigError(f"--resume: {resume!r} must be auto")
+    if resume is not None and isinstance(resolved, RLConfig):
+        raise ConfigError("--resume: auto is for the supervised stages, rl starts anew; leave it out")
     if dry_run:
         from actors.dry_run import dry_run as check
 
         check(resolved)
         return
     if isinstance(resolved, RLConfig):
-        if resume is not None:
-            raise ConfigError("--resume: auto is for the supervised stages, rl starts anew; leave it out")
         from actors.driver import train as train_rl  # imports Ray and torch: not for `diffrl --help`
 
         train_rl(resolved)

@@ -27,6 +27,7 @@ import torch
 from actors.weights import BUCKET_BYTES, Bucket, Part, export_buckets
 from diffrl.config import EngineConfig
 from diffrl.errors import RunStoppedError
+from diffrl.files import write_json
 from diffrl.models.base import PolicyModel
 
 NOTE = "state.json"  # written last, so a folder with it is complete
@@ -197,8 +198,7 @@ class PolicyEngine:
                 writer.save = write
         with Agreement(folder) as agreement:
             if first:
-                note = json.dumps({**self.layout, **state}, indent=2) + "\n"
-                agreement.attempt(write_whole, folder / NOTE, note)
+                agreement.attempt(write_json, folder / NOTE, {**self.layout, **state})
 
     def load(self, folder: Path) -> dict[str, Any]:
         """What `save` was given. Raises RunStoppedError for a folder that is not complete or of another layout."""
@@ -240,13 +240,6 @@ class Agreement:
                 f"{self.folder} cannot be written ({failed[0]}; {free_mb} MB are free there); earlier saves are whole: "
                 "make room and go on from them"
             )
-
-
-def write_whole(file: Path, text: str) -> None:
-    """The file appears with all its text or not at all."""
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(text)
-    part.rename(file)
 
 
 def read_note(folder: Path, layout: Mapping[str, Any]) -> dict[str, Any]:

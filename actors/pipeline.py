@@ -28,7 +28,8 @@ from diffrl.config import AnyConfig, ModelConfig, RLConfig
 from diffrl.config_file import dump_config
 from diffrl.data.sources import problems_of
 from diffrl.errors import ConfigError, suggestion
-from diffrl.fingerprints import FileHashes, data_files, model_files, problem_files, write_json
+from diffrl.files import write_json
+from diffrl.fingerprints import FileHashes, data_files, model_files, problem_files
 from diffrl.manifests import (
     Decision,
     Inputs,

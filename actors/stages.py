@@ -28,7 +28,7 @@ from actors.stage_worker import StageJob, run_stage
 from actors.system import connect
 from actors.telemetry import SupervisedTelemetry
 from diffrl.config import PretrainConfig, SftConfig
-from diffrl.data.rows import supervised_shards
+from diffrl.data.rows import check_lengths, supervised_shards
 from diffrl.data.shards import Manifest, open_shards
 from diffrl.errors import ConfigError, RunStoppedError
 from diffrl.models.loading import check_policy, load_policy_tokenizer
@@ -119,6 +119,7 @@ def prepare_stage(config: PretrainConfig | SftConfig, folder: Path) -> PreparedS
         check_gpus("workers", workers.num_workers * workers.gpus_per_worker, config.ray.address)
         tokenizer = load_policy_tokenizer(config.model)
         model = check_policy(config.model, tokenizer)
+        check_lengths(config, model.config.max_position_embeddings)
         shards = supervised_shards(config, tokenizer, folder / "data")
         manifest = open_shards(shards)
     except ValueError as error:
@@ -126,12 +127,6 @@ def prepare_stage(config: PretrainConfig | SftConfig, folder: Path) -> PreparedS
     if config.validation.rows >= manifest.num_rows:
         raise ConfigError(
             f"validation.rows: {config.validation.rows} must be less than the {manifest.num_rows} rows of the data"
-        )
-    longest = model.config.max_position_embeddings
-    if longest is not None and manifest.length > longest:
-        raise ConfigError(
-            f"data: rows of {manifest.length} tokens are longer than the model's {longest} positions; shorten them or "
-            "take another model"
         )
     return PreparedStage(
         config=config,

@@ -31,7 +31,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from diffrl.config import AnyConfig, EngineConfig, PretrainConfig, RLConfig, SftConfig
-from diffrl.config.supervised import SupervisedConfig
 from diffrl.estimators import ESTIMATORS
 from diffrl.models.head import CHUNK_LOGITS, KEPT_LOGITS
 from diffrl.models.sizes import Sizes
@@ -178,7 +177,7 @@ def estimate(config: AnyConfig, sizes: Sizes, *, num_steps: int | None = None) -
 
 
 def supervised_estimate(config: PretrainConfig | SftConfig, sizes: Sizes) -> Estimate:
-    workers, length = config.workers, row_length(config)
+    workers, length = config.workers, config.data.row_length
     share = config.train.batch_size // workers.num_workers
     tokens = min(config.train.rows_per_micro_batch or share, share) * length
     backward = 4.0 if workers.recompute else 3.0
@@ -199,14 +198,6 @@ def supervised_estimate(config: PretrainConfig | SftConfig, sizes: Sizes) -> Est
         flops_per_step={"training": backward * forward_flops(sizes, length, rows=config.train.batch_size)},
         num_steps=None,
     )
-
-
-def row_length(config: SupervisedConfig) -> int:
-    """Positions of a training row."""
-    if isinstance(config, SftConfig) and config.data.layout == "window":
-        return config.data.max_prompt_tokens + config.data.completion_tokens
-    assert isinstance(config, PretrainConfig | SftConfig)
-    return config.data.sequence_length
 
 
 def rl_estimate(config: RLConfig, sizes: Sizes) -> Estimate:

@@ -11,6 +11,7 @@ from diffrl.data.microcode import microcode_exercises
 from diffrl.data.shards import open_shards
 from diffrl.data.sources import problems_of
 from diffrl.errors import ConfigError
+from diffrl.files import write_json
 
 Files = Mapping[str, str]  # name -> sha256 of the contents
 MODEL_FILES = ("*.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -43,13 +44,6 @@ class FileHashes:
 
     def save(self) -> None:
         write_json(self.path, self.known)
-
-
-def write_json(path: Path, value: object) -> None:
-    """All at once: a reader finds the old file or the new one, never a part."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    part.rename(path)
 
 
 def model_files(folder: str | Path, hashes: FileHashes) -> dict[str, str]:

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from diffrl.config import AnyConfig
 from diffrl.config_file import validate
 from diffrl.errors import ConfigError
-from diffrl.fingerprints import write_json
+from diffrl.files import write_json
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1

@@ -13,6 +13,7 @@ from typing import Any
 from diffrl.config import AnyConfig
 from diffrl.config_file import dump_config, load_config
 from diffrl.errors import ConfigError
+from diffrl.files import write_json
 
 SCHEMA_VERSION = 1  # of the folder; raised with every change that an older reader would misread
 
@@ -40,9 +41,7 @@ def read_run(path: Path) -> dict[str, Any]:
 
 def write_run(path: Path, run: Mapping[str, Any]) -> None:
     """Replace run.json, whole or not at all."""
-    part = path / "run.json.part"
-    part.write_text(json.dumps(run, indent=2) + "\n")
-    part.rename(path / "run.json")
+    write_json(path / "run.json", run)
 
 
 def unfinished_run(config: AnyConfig) -> dict[str, Any] | None:

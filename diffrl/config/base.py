@@ -103,6 +103,11 @@ class EngineConfig(Section):
         return self
 
 
+def require_path(source: str, path: str | None, what: str) -> None:
+    """Everything but generated data lies somewhere."""
+    require(source == "microcode" or path is not None, "path", path, f"name {what} for source {source}")
+
+
 class ProblemsConfig(Section):
     """Where problems come from. `microcode` is generated; the others are files."""
 
@@ -114,8 +119,7 @@ class ProblemsConfig(Section):
 
     @model_validator(mode="after")
     def check(self):
-        needs_path = self.source != "microcode"
-        require(not needs_path or self.path is not None, "path", self.path, f"name a file for source {self.source}")
+        require_path(self.source, self.path, "a file")
         return self
 
 

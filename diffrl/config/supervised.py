@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from diffrl.config.base import EngineConfig, Fraction, ModelConfig, Positive, RayConfig, Section
+from diffrl.config.base import EngineConfig, Fraction, ModelConfig, Positive, RayConfig, Section, require_path
 from diffrl.errors import require
 
 
@@ -81,14 +81,14 @@ class CorpusData(Section):
     max_stdlib_bytes: Annotated[int, Field(ge=0)] = 4_000_000  # of microcode
     bad_files: Literal["error", "skip"] = "error"  # damaged files and lines that are not JSON
 
+    @property
+    def row_length(self) -> int:
+        """Positions of a row, unless shards say otherwise."""
+        return self.sequence_length
+
     @model_validator(mode="after")
     def check(self):
-        require(
-            self.source == "microcode" or self.path is not None,
-            "path",
-            self.path,
-            f"name a file or folder for source {self.source}",
-        )
+        require_path(self.source, self.path, "a file or folder")
         return self
 
 
@@ -114,14 +114,14 @@ class SftData(Section):
     # probability 1 - s / condition_steps. None: the first epoch, as in the paper; 0: prompts are always clean.
     condition_steps: Annotated[int, Field(ge=0)] | None = None
 
+    @property
+    def row_length(self) -> int:
+        """Positions of a row, unless shards say otherwise."""
+        return self.max_prompt_tokens + self.completion_tokens if self.layout == "window" else self.sequence_length
+
     @model_validator(mode="after")
     def check(self):
-        require(
-            self.source == "microcode" or self.path is not None,
-            "path",
-            self.path,
-            f"name a file, a folder or a data set for source {self.source}",
-        )
+        require_path(self.source, self.path, "a file, a folder or a data set")
         return self
 
 

@@ -147,9 +147,7 @@ def row_length(config: StageConfig) -> int:
     if data.source == "shards":
         assert data.path is not None
         return open_shards(data.path).length
-    if isinstance(config, SftConfig) and config.data.layout == "window":
-        return config.data.max_prompt_tokens + config.data.completion_tokens
-    return data.sequence_length
+    return data.row_length
 
 
 def check_lengths(config: StageConfig, max_positions: int) -> None:

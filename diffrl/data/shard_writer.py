@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 
 from diffrl.data.shards import MANIFEST, ROWS_PER_FILE, SCHEMA, Manifest, Row
 from diffrl.errors import ConfigError, RunStoppedError
+from diffrl.files import write_json
 
 
 def table_of(rows: Sequence[Row]) -> pa.Table:
@@ -52,10 +52,8 @@ def write_file(file: Path, table: pa.Table) -> WrittenFile:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    part = folder / f"{MANIFEST}.part"
-    with full_disk_is_said(part):
-        part.write_text(json.dumps(asdict(manifest), indent=2) + "\n")
-        part.rename(folder / MANIFEST)
+    with full_disk_is_said(folder / f"{MANIFEST}.part"):
+        write_json(folder / MANIFEST, asdict(manifest))
 
 
 @contextmanager

@@ -401,7 +401,7 @@ def test_a_parent_of_another_architecture_is_refused(no_ray: None, make: Make, p
         ({"validation": {"rows": 90}}, r"^validation.rows: 90 must be less than the 90 rows of the data$"),
         (
             {"data": {"completion_tokens": 2000}},
-            r"^data: rows of 2080 tokens are longer than the model's \d+ positions",
+            r"data.completion_tokens: 2080 positions, more than the model's context of \d+; be at most \d+$",
         ),
         ({"workers": {"gpus_per_worker": 1.0}}, r"^workers: 1 GPUs are asked for and this machine has 0"),
     ],
