@@ -49,24 +49,24 @@ def train(
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, start nothing")] = False,
     resume: Annotated[
-        str | None, typer.Option(help="auto: go on with the unfinished supervised stage in run_dir, if there is one")
+        str | None,
+        typer.Option(
+            help="auto: go on with the unfinished run in run_dir, if there is one; last: there must be one; rl also a "
+            "checkpoint's folder, from which a new run branches off"
+        ),
     ] = None,
 ) -> None:
     """Run one stage: pretrain, midtrain, sft or rl, whatever the config says."""
     resolved = load_config(config, overrides or [])
-    if resume not in (None, "auto"):
-        raise ConfigError(f"--resume: {resume!r} must be auto")
-    if resume is not None and isinstance(resolved, RLConfig):
-        raise ConfigError("--resume: auto is for the supervised stages, rl starts anew; leave it out")
     if dry_run:
         from actors.dry_run import dry_run as check
 
-        check(resolved)
+        check(resolved, resume=resume)
         return
     if isinstance(resolved, RLConfig):
         from actors.driver import train as train_rl  # imports Ray and torch: not for `diffrl --help`
 
-        train_rl(resolved)
+        train_rl(resolved, resume=resume)
     else:
         from actors.stages import train_supervised
 

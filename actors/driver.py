@@ -2,6 +2,9 @@
 
 The loop takes whole groups from a buffer in order of ordinals, so its result does not depend on how many workers there
 are or who finishes first. `prepare` checks everything a user can get wrong before the first actor starts.
+
+Every `checkpoint.every` steps all that the next step depends on is saved (diffrl/checkpoint.py); a run that goes on from
+there has the numbers of one that nothing happened to.
 """
 
 import time
@@ -12,14 +15,16 @@ import ray
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from actors.evaluate import Evaluator, PassRates
+from actors.evaluate import Evaluator, PassRates, read_report
 from actors.learner import Learner
 from actors.pool import GroupBuffer, Pipeline, Request
 from actors.prepare import Prepared, prepare
+from actors.run_start import REPORT_BEFORE, RunStart, begin, check_resume
 from actors.system import System
 from actors.telemetry import Telemetry, pool_metrics, sampling_metrics
-from actors.weights import Weights, fetch, fetch_tensors
+from actors.weights import Weights, fetch, fetch_tensors, publish_folder
 from diffrl.batches import StepRollouts, differs, rollout_metrics, scoring_batch, train_batch
+from diffrl.checkpoint import RunState, checkpoint_path, commit, discard, part_path, prune
 from diffrl.config import ModelConfig, RLConfig
 from diffrl.data.sources import prompt_stream
 from diffrl.drift import beyond_limits, drift_metrics, guarded
@@ -28,24 +33,32 @@ from diffrl.models.folders import save_folder
 from diffrl.models.lora import save_adapter
 from diffrl.models.tokens import special_id
 from diffrl.rollout_store import write_step
-from diffrl.run_folder import create_run_folder
+from diffrl.run_folder import read_run, require_newest, write_run
 from diffrl.seeds import derive_seed
 from diffrl.types import Problem, RolloutGroup, ScoredGroup, ScoringBatch, TrainBatch, UpdateResult
 
 
-def train(config: RLConfig, *, dry_run: bool = False) -> None:
-    """One whole RL run."""
+def train(config: RLConfig, *, dry_run: bool = False, resume: str | None = None) -> None:
+    """One whole RL run. `resume`: "auto", "last" or a checkpoint's folder, see run_start.py."""
+    started = time.perf_counter()
     prepared = prepare(config)
     if dry_run:
-        print(f"ready: {len(prepared.problems)} problems, {prepared.num_steps} steps; nothing was started")
+        checkpoint = check_resume(config, resume)
+        origin = f", from {checkpoint} on" if checkpoint else ""
+        print(f"ready: {len(prepared.problems)} problems, {prepared.num_steps} steps{origin}; nothing was started")
         return
-    folder = create_run_folder(config, sandbox=sandbox_choice(prepared))
+    start = begin(config, resume, sandbox=sandbox_choice(prepared))
+    if start is None:
+        print(f"rl: {config.run_dir} is finished; nothing was started")
+        return
     with (
         System(prepared.config, prepared.tokenizer) as system,
         Learner(prepared.config, prepared.tokenizer, prepared.num_steps) as learner,
-        Telemetry(folder, prepared.num_steps) as telemetry,
+        Telemetry(start.folder, prepared.num_steps) as telemetry,
     ):
-        summary = Run(prepared, folder, system, learner, telemetry).train()
+        summary = Run(prepared, start, system, learner, telemetry).train()
+    seconds = round(time.perf_counter() - started, 1)
+    write_run(start.folder, read_run(start.folder) | {"finished": seconds})
     if summary is not None:
         print(summary, flush=True)  # last: by now no actor can print anything behind it
 
@@ -53,10 +66,11 @@ def train(config: RLConfig, *, dry_run: bool = False) -> None:
 class Run:
     """State of a run between two steps: the published weights, the reference, the buffer, the place in the prompts."""
 
-    def __init__(self, prepared: Prepared, folder: Path, system: System, learner: Learner, telemetry: Telemetry):
+    def __init__(self, prepared: Prepared, start: RunStart, system: System, learner: Learner, telemetry: Telemetry):
         self.prepared = prepared
         self.config = prepared.config
-        self.folder = folder
+        self.start = start
+        self.folder = start.folder
         self.system = system
         self.telemetry = telemetry
         self.pad_token_id = special_id(prepared.tokenizer, "pad")
@@ -64,14 +78,21 @@ class Run:
         self.learner = learner
         learner.start()
         system.wait_ready()
-        self.weights = self.learner.publish(system.store, ())
-        self.reference = self.weights
+        self.weights, self.reference = self.first_weights()
         self.buffer = GroupBuffer(self.config.train.prompts_per_step * (self.config.rollout.max_staleness + 1))
-        self.prompts = prompt_stream(prepared.problems, self.config.seed)
+        state = self.state = start.state  # when the last checkpoint was made
+        self.next_ordinal = state.next_ordinal
+        self.prompts = prompt_stream(prepared.problems, self.config.seed, self.next_ordinal)
         self.evaluator = Evaluator(system.rollouts, system.judges, self.config)
-        self.params = self.config.sampling.params()  # of rollouts; without approximations from when the guard says so
-        self.watched: list[dict[str, float]] = []  # the guard's metrics of each step
-        self.best: tuple[float, int] | None = None  # pass@1 and step
+        params = self.config.sampling.params()  # of rollouts; without approximations from when the guard says so
+        self.params = params.exactly() if state.exact else params
+        self.watched = list(state.watched)  # the guard's metrics of each step
+        self.best = None if state.best_rate is None or state.best_step is None else (state.best_rate, state.best_step)
+        telemetry.metrics.cut(state.metrics_bytes)
+        for line in start.said:
+            telemetry.say(line)
+        if start.checkpoint is not None:
+            telemetry.say(f"goes on after step {state.step} from {start.checkpoint} (attempt {start.attempt.number})")
         telemetry.say(f"sandbox: {', '.join(filter(None, sandbox_choice(prepared).values()))}")
         if prepared.num_left_out:
             telemetry.say(
@@ -81,13 +102,32 @@ class Run:
         if self.config.model.path is None:
             telemetry.say("model.path is not set: a tiny model starts from random weights")
 
+    def first_weights(self) -> tuple[Weights, Weights]:
+        """The policy that the run begins with, published, and the reference."""
+        start, store = self.start, self.system.store
+        if start.checkpoint is None:
+            weights = self.learner.publish(store, ())
+            return weights, weights
+        self.learner.load((start.checkpoint / "learner").resolve())
+        reference = start.checkpoint / "reference"
+        if not reference.exists():
+            weights = self.learner.publish(store, ())
+            return weights, weights
+        num_tokens = len(self.prepared.tokenizer)
+        ref = publish_folder(store, reference, start.state.reference_version, num_tokens)
+        return self.learner.publish(store, (ref.version,)), ref
+
     def train(self) -> str | None:
-        """All steps, with the evaluations and reports that the config asks for; the report in one line."""
-        before = self.report("before") if self.config.report else None
-        for step in range(self.prepared.num_steps):
+        """All steps that are left, with the evaluations and reports that the config asks for; the report in one line."""
+        before = self.report_before()
+        for step in range(self.state.step, 0 if self.state.ended else self.prepared.num_steps):
             self.step(step)
-            if self.evaluate(step):
+            ended = self.evaluate(step) or step + 1 == self.prepared.num_steps
+            if ended or (step + 1) % self.config.checkpoint.every == 0:
+                self.save(step + 1, ended=ended)
+            if ended:
                 break
+        require_newest(self.folder, self.start.attempt)
         self.export("model")
         return None if before is None else self.evaluator.summary(before, self.report("after"))
 
@@ -141,6 +181,7 @@ class Run:
         requests = []
         for _ in range(count):
             ordinal, problem = next(self.prompts)
+            self.next_ordinal = ordinal + 1
             self.buffer.reserve(ordinal)
             requests.append(self.request(ordinal, problem))
         if not self.params.is_exact:
@@ -152,7 +193,9 @@ class Run:
         return StepRollouts(scored=tuple(self.buffer.take(count)), scoring=scoring, ref_logprobs=ref_logprobs)
 
     def record(self, step: int, drawn: StepRollouts, batch: TrainBatch) -> None:
-        """Write the step's rollouts; RunStoppedError when too many of them could not be judged to learn from the rest."""
+        """Write the step's rollouts; RunStoppedError when too many of them could not be judged to learn from the rest, and
+        when this is no longer the newest start of the run."""
+        require_newest(self.folder, self.start.attempt)
         sampled = [*drawn.scored, *drawn.replaced]
         num_replaced = len(drawn.replaced) * self.config.method.group_size  # whose rewards are equal: advantage 0
         advantages_B = torch.nn.functional.pad(batch.advantages_B, (0, num_replaced)).numpy()
@@ -245,6 +288,40 @@ class Run:
             return False
         self.telemetry.say(f"no better evaluation since step {self.best[1] + 1}: stopped")
         return True
+
+    def save(self, steps: int, *, ended: bool) -> None:
+        """Commit a checkpoint after so many steps, then delete those that are no longer kept."""
+        checkpoint, attempt = checkpoint_path(self.folder, steps), self.start.attempt
+        part = part_path(checkpoint, attempt.number)
+        discard(part)
+        self.learner.save((part / "learner").resolve())
+        export_policy(self.weights, self.prepared.tokenizer, part / "model")
+        if self.config.num_reference_workers > 0 and self.reference.version != self.weights.version:
+            save_folder(self.reference.hf_config, fetch(self.reference), part / "reference")
+        rate, step = self.best or (None, None)
+        self.state = RunState(
+            step=steps,
+            version=self.weights.version,
+            reference_version=self.reference.version,
+            next_ordinal=self.next_ordinal,
+            metrics_bytes=self.telemetry.metrics.sync(),
+            exact=self.params.is_exact,
+            watched=tuple(self.watched),
+            best_rate=rate,
+            best_step=step,
+            ended=ended,
+        )
+        require_newest(self.folder, attempt)
+        commit(part, checkpoint, self.state.note())
+        self.learner.saved = (checkpoint / "learner").resolve()
+        prune(self.folder, keep=self.config.checkpoint.keep)
+
+    def report_before(self) -> dict[str, PassRates] | None:
+        """The report before training, of an earlier start of the run if there was one."""
+        if self.config.report is None:
+            return None
+        file = self.folder / REPORT_BEFORE
+        return read_report(file) if file.exists() else self.report("before")
 
     def report(self, when: str) -> dict[str, PassRates]:
         """Every number of the last line, for the current weights."""

@@ -9,7 +9,7 @@ from diffrl.estimate import describe, estimate
 from diffrl.models.sizes import Sizes, sizes_of
 
 
-def dry_run(config: AnyConfig, *, model: ModelConfig | None = None) -> None:
+def dry_run(config: AnyConfig, *, model: ModelConfig | None = None, resume: str | None = None) -> None:
     """Print what was checked, what could not be, and the estimates. Raises ConfigError.
 
     `model`: one that takes the place of a model which an earlier stage has yet to make, of the same sizes and tokenizer.
@@ -25,11 +25,11 @@ def dry_run(config: AnyConfig, *, model: ModelConfig | None = None) -> None:
     elif isinstance(config, RLConfig):
         from actors.driver import train  # imports Ray and DeepSpeed's callers only where they are needed
 
-        train(config, dry_run=True)
+        train(config, dry_run=True, resume=resume)
     else:
         from actors.stages import train_supervised
 
-        train_supervised(config, dry_run=True)
+        train_supervised(config, dry_run=True, resume=resume)
     if sizes is not None:
         print("\n".join(describe(config, estimate(config, sizes), sizes)))
 

@@ -25,12 +25,11 @@ import numpy as np
 import torch
 
 from actors.weights import BUCKET_BYTES, Bucket, Part, export_buckets
+from diffrl.checkpoint import NOTE
 from diffrl.config import EngineConfig
 from diffrl.errors import RunStoppedError
 from diffrl.files import write_json
 from diffrl.models.base import PolicyModel
-
-NOTE = "state.json"  # written last, so a folder with it is complete
 
 
 def join_group(*, rank: int, world: int, address: str, port: int, device: str) -> None:

@@ -1,8 +1,10 @@
 """Evaluation on the run's own workers: sample, judge, count. One decoder for all numbers of a report."""
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from actors.pool import Pipeline, Request, WorkerPool
 from actors.weights import Weights
@@ -39,6 +41,15 @@ class PassRates:
         for family, rate in zip(self.families, self.per_problem(1), strict=True):
             rates[family].append(rate)
         return {family: sum(values) / len(values) for family, values in sorted(rates.items())}
+
+
+def read_report(file: Path) -> dict[str, PassRates]:
+    """What `Telemetry.report` wrote."""
+    rows = json.loads(file.read_text())
+    return {
+        key: PassRates(num_samples=r["num_samples"], num_correct=tuple(r["num_correct"]), families=tuple(r["families"]))
+        for key, r in rows.items()
+    }
 
 
 def num_correct(problem: Problem, judgements: Sequence[Judgement]) -> int:

@@ -4,21 +4,22 @@ A group is one: when a rank dies the others wait in a collective for ever. Then 
 and brought to where they were: from the last save (or from the first weights, which the seed gives) through the
 batches since. An update is a function of state and batch, so the result is that of an undisturbed run.
 
-Saves go to `run_dir/learner`, which all nodes with a rank must see.
+All nodes with a rank must see the folders of saves.
 """
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import ray
+from ray.exceptions import RayTaskError
 from transformers import PreTrainedTokenizerFast
 
 from actors.learner_rank import LearnerRank
 from actors.pool import WORKER_LOST, WorkersKeepDyingError, kill
 from actors.weights import Weights
 from diffrl.config import RLConfig
+from diffrl.errors import RunStoppedError
 from diffrl.saved_batch import save_batch
 from diffrl.types import TrainBatch, UpdateResult
 
@@ -70,23 +71,21 @@ class Learner:
         if metrics["optim/bad_steps"]:
             self.keep_failed(batch, version, metrics)
         self.since_save.append(batch)
-        if len(self.since_save) >= self.config.learner.save_every:
-            self.surviving(lambda: self.save(version))
         return UpdateResult(version=version, metrics=metrics)
 
     def publish(self, store: Any, pinned: tuple[int, ...]) -> Weights:
         """The policy as a version in the store, where the last two and the `pinned` ones stay."""
         return self.surviving(lambda: self.call("publish", store, pinned))[0]
 
-    def save(self, version: int) -> None:
-        """State of the group into a folder of the run; the one before it is deleted when this one is complete."""
-        folder = self.folder / "learner" / f"version-{version:06d}"
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        self.call("save", folder)
+    def save(self, folder: Path) -> None:
+        """State of the group into a folder, from which a group that loses a rank is rebuilt from now on. Raises
+        RunStoppedError when it cannot be written."""
+        try:
+            self.surviving(lambda: self.call("save", folder))
+        except RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, RunStoppedError) else error) from None
         self.saved = folder
         self.since_save.clear()
-        for other in set(folder.parent.glob("version-*")) - {folder}:
-            shutil.rmtree(other)
 
     def load(self, folder: Path) -> int:
         """Go on from a save; its version. Raises RunStoppedError for one of another number of ranks, stage or dtype."""

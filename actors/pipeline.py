@@ -168,7 +168,6 @@ class PipelineRun:
             inputs,
             model=model_files(folder / "model", self.hashes),
             evaluation=self.asked(name),
-            resumable=not isinstance(config, RLConfig),
         )
 
     def stage(self, name: str) -> None:
@@ -206,14 +205,15 @@ class PipelineRun:
             move_aside(folder)  # now, or it would pass for the beginning of what starts here
         write_inputs(folder, inputs)
         started = time.perf_counter()
+        resume = "auto" if decision.action == "resume" else None
         if isinstance(config, RLConfig):
             from actors.driver import train
 
-            train(config)
+            train(config, resume=resume)
         else:
             from actors.stages import train_supervised
 
-            train_supervised(config, resume="auto" if decision.action == "resume" else None)
+            train_supervised(config, resume=resume)
         seconds = round(time.perf_counter() - started, 3)
         write_manifest(
             folder,

@@ -5,7 +5,7 @@ share: what a step computes depends neither on the number of workers nor on wher
 share is divided by the loss weight of the whole batch, so gradients and metrics are sums over workers and micro-batches.
 
 A worker that dies takes its group along. Ray Train starts a new one, which goes on from the newest committed checkpoint
-(checkpoints.py). What another try would not mend (a disk that is full, losses that are not finite) is no exception but
+(diffrl/checkpoint.py). What another try would not mend (a disk that is full, losses that are not finite) is no exception but
 the result of the job, so that nothing is tried again.
 """
 
@@ -23,10 +23,10 @@ import ray.train.torch
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from actors.checkpoints import Progress, checkpoint_path, last_step, prune
 from actors.engine import Agreement, JointOptimizer, PolicyEngine, start_deepspeed
 from actors.row_stream import stream_rows
 from actors.weights import Bucket, PackedState
+from diffrl.checkpoint import Progress, checkpoint_path, last_step, prune
 from diffrl.config import PretrainConfig, SftConfig
 from diffrl.data.shards import (
     Manifest,
@@ -42,7 +42,7 @@ from diffrl.errors import RunStoppedError
 from diffrl.models.folders import save_folder
 from diffrl.models.loading import load_policy
 from diffrl.models.lora import save_adapter
-from diffrl.run_folder import MetricsFile, read_run
+from diffrl.run_folder import Attempt, MetricsFile, require_newest
 from diffrl.schedule import cosine_lr
 from diffrl.seeds import derive_seed
 from diffrl.supervised import make_optimizers, noised_batch, validation_batch
@@ -51,14 +51,14 @@ from diffrl.supervised import make_optimizers, noised_batch, validation_batch
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageJob:
     """What a worker needs to know. StageJob(config=..., tokenizer=..., folder=Path("/shared/runs/sft"),
-    shards=Path("/shared/runs/sft/data"), num_steps=1000, attempt=1)"""
+    shards=Path("/shared/runs/sft/data"), num_steps=1000, attempt=Attempt(...))"""
 
     config: PretrainConfig | SftConfig
     tokenizer: PreTrainedTokenizerFast
     folder: Path  # of the run; all nodes see it
     shards: Path
     num_steps: int
-    attempt: int  # how often this run has been started
+    attempt: Attempt
 
 
 def run_stage(settings: dict[str, StageJob]) -> str | None:
@@ -252,8 +252,7 @@ class StageWorker:
     def save(self) -> None:
         """Commit a checkpoint, then delete those that are no longer kept."""
         job = self.job
-        if read_run(job.folder)["attempt"] != job.attempt:  # ours may be the last breath of a job that was ended
-            raise RunStoppedError(f"{job.folder}: the run has been started again elsewhere; this start of it ends here")
+        require_newest(job.folder, job.attempt)  # ours may be the last breath of a job that was ended
         self.progress = replace(self.progress, metrics_bytes=self.metrics.sync() if self.rank == 0 else 0)
         self.engine.save(checkpoint_path(job.folder, self.progress.step), self.progress.note())
         if self.rank == 0:

@@ -15,38 +15,50 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import ray
 import ray.train
 import ray.train.torch
 from transformers import PreTrainedTokenizerFast
 
-from actors.checkpoints import committed_steps
 from actors.prepare import absolute_model_path, check_gpus
 from actors.stage_worker import StageJob, run_stage
 from actors.system import connect
 from actors.telemetry import SupervisedTelemetry
+from diffrl.checkpoint import last_step
 from diffrl.config import PretrainConfig, SftConfig
 from diffrl.data.rows import check_lengths, supervised_shards
 from diffrl.data.shards import Manifest, open_shards
 from diffrl.errors import ConfigError, RunStoppedError
 from diffrl.models.loading import check_policy, load_policy_tokenizer
-from diffrl.run_folder import check_run_folder, create_run_folder, read_run, unfinished_run, write_run
+from diffrl.run_folder import (
+    check_run_folder,
+    claim_attempt,
+    create_run_folder,
+    read_run,
+    unfinished_run,
+    write_run,
+)
 
 POLL_S = "0.5"  # how often Ray Train looks after its workers, and how long a finished stage may wait to be noticed
 
 
-def train_supervised(
-    config: PretrainConfig | SftConfig, *, dry_run: bool = False, resume: Literal["auto"] | None = None
-) -> None:
+def train_supervised(config: PretrainConfig | SftConfig, *, dry_run: bool = False, resume: str | None = None) -> None:
     """One whole stage: rows, model, training, export as a Hugging Face folder `run_dir/model` (its adapters as
     `run_dir/adapter`, the best by validation as `run_dir/best`).
 
-    `resume="auto"`: go on with the run that `run_dir` holds, if there is one. Raises ConfigError, and RunStoppedError when
-    the stage cannot go on.
+    `resume="auto"`: go on with the run that `run_dir` holds, if there is one; "last": there must be a checkpoint. Raises
+    ConfigError, and RunStoppedError when the stage cannot go on.
     """
     started = time.perf_counter()
+    if resume not in (None, "auto", "last"):
+        raise ConfigError(
+            f"--resume: {resume!r} must be auto or last in {config.stage}; start from a model by model.path"
+        )
+    if resume == "last" and not last_step(Path(config.run_dir)):
+        raise ConfigError(
+            f"--resume: last, but {config.run_dir} has no checkpoint; use auto to begin where there is none"
+        )
     with ExitStack() as stack:
         run = unfinished_run(config) if resume else None
         if run is not None and "finished" in run:
@@ -64,21 +76,19 @@ def train_supervised(
         folder = (create_run_folder(config) if run is None else Path(config.run_dir)).resolve()
         if prepared.shards.is_relative_to(rows):
             prepared.shards.rename(folder / "data")
-        if run is not None:
-            run["attempt"] += 1
-            write_run(folder, run)
+        attempt = claim_attempt(folder)
     job = StageJob(
         config=absolute_model_path(config),
         tokenizer=prepared.tokenizer,
         folder=folder,
         shards=folder / "data" if (folder / "data").is_dir() else prepared.shards.resolve(),
         num_steps=prepared.num_steps,
-        attempt=read_run(folder)["attempt"],
+        attempt=attempt,
     )
     with SupervisedTelemetry(folder, job.num_steps, config.stage) as telemetry:
         telemetry.say(f"{config.stage}: {prepared.summary()}")
         if run is not None:
-            telemetry.say(f"resumed after step {max(committed_steps(folder), default=0)} of {folder}")
+            telemetry.say(f"resumed after step {last_step(folder)} of {folder}")
         run_job(job)
     seconds = time.perf_counter() - started
     write_run(folder, read_run(folder) | {"finished": round(seconds, 1)})
@@ -158,7 +168,7 @@ def run_job(job: StageJob) -> None:
                 label_selector=dict(workers.labels) or None,
             ),
             run_config=ray.train.RunConfig(
-                name=f"attempt-{job.attempt}",
+                name=f"attempt-{job.attempt.number}",
                 storage_path=str(own_files),
                 failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
                 logging_config=ray.train.LoggingConfig(log_level="WARNING"),

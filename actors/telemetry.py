@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from actors.batcher import RolloutStats
 from actors.evaluate import PassRates
+from diffrl.files import write_whole
 from diffrl.run_folder import MetricsFile
 from sandbox.pool import PoolStats
 
@@ -40,6 +41,7 @@ class Telemetry:
 
     def __exit__(self, *exc_info: object) -> None:
         self.progress.stop()
+        self.metrics.close()
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
@@ -70,7 +72,7 @@ class Telemetry:
             key: {"num_samples": r.num_samples, "num_correct": r.num_correct, "families": r.families}
             for key, r in rates.items()
         }
-        (self.folder / f"report_{when}.json").write_text(json.dumps(rows) + "\n")
+        write_whole(self.folder / f"report_{when}.json", json.dumps(rows) + "\n")
         self.say(f"{when}: " + "  ".join(f"{key} {100 * r.pass_at(1):.1f}%" for key, r in rates.items()))
 
 

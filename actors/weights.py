@@ -8,12 +8,14 @@ it, so it lives as long as any of them and a restarted worker finds both. Worker
 bits either way.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +25,7 @@ import xxhash
 from torch import Tensor
 
 from diffrl.models.base import PolicyModel
-from diffrl.models.folders import build_model, family_of, state_dict_for_export
+from diffrl.models.folders import build_model, family_of, load_state_dict, state_dict_for_export
 from diffrl.models.lora import MergedState, adapter_state, base_state, merged_state
 
 BUCKET_BYTES = 256 << 20
@@ -297,6 +299,22 @@ def stream(store: Any, buckets: Iterable[Bucket]) -> Tensors:
         hashes=tuple(digest for digest, _ in arrived),
         buckets=tuple(ref for _, ref in arrived),
     )
+
+
+def publish_folder(store: Any, path: Path, version: int, num_tokens: int | None) -> Weights:
+    """Hand a Hugging Face folder to the weight store as a version, which stays as long as it is pinned."""
+    state = load_state_dict(path)
+    plan = plan_buckets({name: tensor.nbytes for name, tensor in state.items()})
+    buckets = (fill_bucket({name: state[name] for name in names}, number) for number, names in enumerate(plan))
+    weights = Weights(
+        version=version,
+        hf_config=json.loads((path / "config.json").read_text()),
+        num_tokens=num_tokens,
+        tensors=stream(store, buckets),
+        adapter=None,
+    )
+    ray.get(store.commit.remote(weights, (version,)))
+    return weights
 
 
 def publish(

@@ -109,7 +109,6 @@ def decide(
     *,
     model: Mapping[str, str],
     evaluation: Mapping[str, Any] | None,
-    resumable: bool,
 ) -> Decision:
     """What to do about a stage, and why.
 
@@ -121,9 +120,7 @@ def decide(
             return Decision(action="run", reasons=("not run yet",))
         begun = read_inputs(folder)
         changes = ("its inputs are not known",) if begun is None else tuple(differences(begun, inputs))
-        if resumable and not changes:
-            return Decision(action="resume", reasons=("unfinished",))
-        return Decision(action="run", reasons=("unfinished", *(changes or ("this stage starts again",))))
+        return Decision(action="run" if changes else "resume", reasons=("unfinished", *changes))
     changes = [*differences(manifest.inputs, inputs)]
     changes += [f"its own model: {what}" for what in file_differences(manifest.model, model)]
     if changes:

@@ -1,19 +1,22 @@
-"""The folder of a run: resolved config, run.json, metrics.jsonl, rollouts, models. Nothing in it is ever overwritten
-by another run: a folder that holds one is moved aside first.
+"""The folder of a run: resolved config, run.json, metrics.jsonl, rollouts, checkpoints, models. Nothing in it is ever
+overwritten by another run: a folder that holds one is moved aside first. Of several starts of one run the last alone writes.
 """
 
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from diffrl.config import AnyConfig
 from diffrl.config_file import dump_config, load_config
-from diffrl.errors import ConfigError
+from diffrl.errors import ConfigError, RunStoppedError
 from diffrl.files import write_json
+from diffrl.resume import differences
 
 SCHEMA_VERSION = 1  # of the folder; raised with every change that an older reader would misread
 
@@ -29,7 +32,7 @@ def create_run_folder(config: AnyConfig, **facts: Any) -> Path:
         move_aside(path)
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.yaml").write_text(dump_config(config))
-    run = {"schema_version": SCHEMA_VERSION, "version": version("diffrl"), "git_commit": git_commit(), "attempt": 1}
+    run = {"schema_version": SCHEMA_VERSION, "version": version("diffrl"), "git_commit": git_commit()}
     write_run(path, run | facts)
     return path
 
@@ -47,40 +50,55 @@ def write_run(path: Path, run: Mapping[str, Any]) -> None:
 def unfinished_run(config: AnyConfig) -> dict[str, Any] | None:
     """run.json of the run that `config.run_dir` holds and this config may go on with, None where there is none.
 
-    Raises ConfigError when that run has another config; only run_dir and ray may differ, which do not touch the result, and
-    paths that moved along with run_dir.
+    Raises ConfigError when that run has another config, in what touches its result (diffrl/resume.py).
     """
     path = Path(config.run_dir)
     check_run_folder(path, config.model.path)
     if not (path / "run.json").is_file():
         return None
-    then, now = (resolved_fields(c) for c in (load_config(path / "config.yaml"), config))
-    for field in {**then, **now}:
-        (old, old_place), (new, new_place) = then.get(field, (None, None)), now.get(field, (None, None))
-        if old != new and old_place != new_place and field.partition(".")[0] not in ("run_dir", "ray"):
-            raise ConfigError(
-                f"{field}: {new!r} must be {old!r}, with which the run in {path} was started, to "
-                "resume it; change it back, choose another run_dir, or leave --resume out to start anew"
-            )
+    found = [d for d in differences(load_config(path / "config.yaml"), config) if d.kind != "free"]
+    if found:
+        first, others = found[0], "".join(f"; {other.field} differs too" for other in found[1:])
+        raise ConfigError(
+            f"{first.field}: {first.now!r} must be {first.then!r}, with which the run in {path} was started, to resume it "
+            f"({first.meaning}){others}; change it back, choose another run_dir, or leave --resume out to start anew"
+        )
     return read_run(path)
 
 
-def resolved_fields(config: AnyConfig) -> dict[str, tuple[Any, Any]]:
-    """(value, of a path also the way to it from run_dir, else the value again) of every key."""
-    fields = dict(fields_of(config.model_dump(mode="json")))
-    return {
-        field: (value, os.path.relpath(value, config.run_dir) if field.endswith(".path") and value else value)
-        for field, value in fields.items()
-    }
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One start of a run. Attempt(number=2, token="6f1c...")"""
+
+    number: int
+    token: str
 
 
-def fields_of(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every key of a resolved config."""
-    for key, value in section.items():
-        if isinstance(value, Mapping) and value:
-            yield from fields_of(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def claim_attempt(path: Path) -> Attempt:
+    """The next start of the run: from now on no earlier one may write. Two that claim at once get different numbers."""
+    folder = path / "attempts"
+    folder.mkdir(exist_ok=True)
+    number, token = newest_attempt(path) + 1, uuid.uuid4().hex
+    while True:
+        try:
+            with (folder / f"{number:06d}").open("x") as file:
+                file.write(token)
+            break
+        except FileExistsError:
+            number += 1
+    write_run(path, read_run(path) | {"attempt": number})
+    return Attempt(number=number, token=token)
+
+
+def newest_attempt(path: Path) -> int:
+    return max((int(file.name) for file in (path / "attempts").glob("*")), default=0)
+
+
+def require_newest(path: Path, attempt: Attempt) -> None:
+    """Raises RunStoppedError when the run, or another one in its folder, has been started since."""
+    file = path / "attempts" / f"{attempt.number:06d}"
+    if newest_attempt(path) != attempt.number or file.read_text() != attempt.token:
+        raise RunStoppedError(f"{path}: the run has been started again elsewhere; this start of it ends here")
 
 
 def check_run_folder(path: Path, model_path: str | None = None) -> None:
@@ -125,23 +143,41 @@ def git_commit() -> str | None:
 
 class MetricsFile:
     """metrics.jsonl: a line per step and per evaluation, keys sorted. Equal seeds and configs give equal lines, apart
-    from `time/*`, `restarts/*` and `pool/*`."""
+    from `time/*`, `restarts/*` and `pool/*`.
+
+    Cutting it makes a new file of that name, so an earlier start of the run that has it open writes where nobody reads.
+    """
 
     def __init__(self, run_folder: Path):
         self.path = run_folder / "metrics.jsonl"
+        self.file: TextIO | None = None
+
+    def opened(self) -> TextIO:
+        if self.file is None:
+            self.file = self.path.open("a")
+        return self.file
 
     def write(self, row: Mapping[str, float | int | str | None]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(row, sort_keys=True) + "\n")
+        file = self.opened()
+        file.write(json.dumps(row, sort_keys=True) + "\n")
+        file.flush()
 
     def sync(self) -> int:
         """Bytes written so far, all of them on the disk by now."""
-        with self.path.open("a") as file:
-            os.fsync(file.fileno())
-            return file.tell()
+        file = self.opened()
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
 
     def cut(self, size: int) -> None:
         """Back to what it was at a `sync`."""
-        self.path.touch()
-        assert self.path.stat().st_size >= size, f"{self.path} has lost lines that were there before"
-        os.truncate(self.path, size)
+        self.close()
+        kept = self.path.read_bytes()[:size] if self.path.exists() else b""
+        assert len(kept) == size, f"{self.path} has lost lines that were there before"
+        part = self.path.with_name(f".{self.path.name}.part")
+        part.write_bytes(kept)
+        part.rename(self.path)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None

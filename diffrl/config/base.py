@@ -103,6 +103,11 @@ class EngineConfig(Section):
         return self
 
 
+class CheckpointConfig(Section):
+    every: Positive = 500  # steps; the last step always
+    keep: Positive = 2  # the newest; of a supervised stage the best beside them
+
+
 def require_path(source: str, path: str | None, what: str) -> None:
     """Everything but generated data lies somewhere."""
     require(source == "microcode" or path is not None, "path", path, f"name {what} for source {source}")

@@ -6,7 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from diffrl.config.base import EngineConfig, Fraction, ModelConfig, Positive, ProblemsConfig, RayConfig, Section
+from diffrl.config.base import (
+    CheckpointConfig,
+    EngineConfig,
+    Fraction,
+    ModelConfig,
+    Positive,
+    ProblemsConfig,
+    RayConfig,
+    Section,
+)
 from diffrl.coupled_grpo import ADVANTAGES
 from diffrl.errors import one_of, require
 from diffrl.estimators import ESTIMATORS, check_estimator
@@ -200,11 +209,16 @@ class LearnerConfig(EngineConfig):
 
     num_ranks: Positive = 1
     max_tokens_per_micro_batch: Positive = 16_384  # rows of distinct inputs x padded length; at least one group
-    save_every: Positive = 20  # updates; when a rank dies the group is rebuilt from the last save and the batches since
     max_bad_steps: Positive = 4  # optimizer steps in a row with a NaN or infinite loss or gradient; then the run stops
     cpus_per_rank: Annotated[float, Field(ge=0)] = 1.0
     gpus_per_rank: Annotated[float, Field(ge=0)] = 0.0
     threads: Positive = 1
+
+
+class RLCheckpoint(CheckpointConfig):
+    """The whole run's state: what `--resume` goes on from, and a learner group that lost a rank."""
+
+    every: Positive = 20
 
 
 class SandboxConfig(Section):
@@ -277,6 +291,7 @@ class RLConfig(Section):
     judge: WorkerConfig = WorkerConfig()
     reference: ReferenceConfig = ReferenceConfig()
     learner: LearnerConfig = LearnerConfig()
+    checkpoint: RLCheckpoint = RLCheckpoint()
     sandbox: SandboxConfig = SandboxConfig()
     eval: EvalConfig = EvalConfig()
     report: ReportConfig | None = None

@@ -5,7 +5,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from diffrl.config.base import EngineConfig, Fraction, ModelConfig, Positive, RayConfig, Section, require_path
+from diffrl.config.base import (
+    CheckpointConfig,
+    EngineConfig,
+    Fraction,
+    ModelConfig,
+    Positive,
+    RayConfig,
+    Section,
+    require_path,
+)
 from diffrl.errors import require
 
 
@@ -51,11 +60,6 @@ class TrainWorkers(EngineConfig):
     labels: Mapping[str, str] = {}  # of the nodes to run on, such as {accelerator: H100}
     threads: Positive = 2  # of torch, in each worker
     max_failures: Annotated[int, Field(ge=0)] = 3  # lost workers before the stage gives up
-
-
-class CheckpointConfig(Section):
-    every: Positive = 500  # steps; the last step always
-    keep: Positive = 2  # the newest, and the best beside them
 
 
 class ValidationConfig(Section):

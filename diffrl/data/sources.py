@@ -18,12 +18,12 @@ def problems_of(config: ProblemsConfig) -> list[Problem]:
     return load_problems(config.source, config.path, num_prompt_tests=config.num_prompt_tests, limit=config.limit)
 
 
-def prompt_stream(problems: Sequence[Problem], seed: int) -> Iterator[tuple[int, Problem]]:
-    """(ordinal, problem) without end: every epoch is a permutation of its own."""
-    ordinal = 0
+def prompt_stream(problems: Sequence[Problem], seed: int, first: int = 0) -> Iterator[tuple[int, Problem]]:
+    """(ordinal, problem) from ordinal `first` on, without end: every epoch is a permutation of its own."""
+    epoch, skipped = divmod(first, len(problems))
     while True:
         order = list(range(len(problems)))
-        random.Random(derive_seed(seed, "epoch", ordinal // len(problems))).shuffle(order)
-        for index in order:
-            yield ordinal, problems[index]
-            ordinal += 1
+        random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
+        for place in range(skipped, len(order)):
+            yield epoch * len(order) + place, problems[order[place]]
+        epoch, skipped = epoch + 1, 0

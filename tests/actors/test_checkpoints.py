@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from actors.checkpoints import Progress, checkpoint_path, committed_steps, last_step, prune
-from actors.engine import NOTE, JointOptimizer
+from actors.engine import JointOptimizer
+from diffrl.checkpoint import NOTE, Progress, checkpoint_path, committed_steps, last_step, prune
 from diffrl.run_folder import MetricsFile
 
 

@@ -33,6 +33,7 @@ COMMANDS = (
     "diffrl pipeline configs/diffucoder_7b/pipeline.yaml",
     "diffrl train configs/quickstart_pretrain.yaml",
     "diffrl train configs/quickstart.yaml --dry-run",
+    "diffrl train configs/quickstart.yaml --resume",
     "diffrl train configs/mbpp.yaml",
     "diffrl config",
     "diffrl data prepare",
@@ -168,6 +169,14 @@ def test_mbpp_runs_with_real_verdicts(ray_cluster: RayCluster, tmp_path: Path):
         counted = {k.removeprefix("verdicts/"): v for k, v in row.items() if k.startswith("verdicts/")}
         assert counted == {name: statuses.count(name) for name in set(statuses)}
         assert sum(counted.values()) >= 16  # at least one graded test per rollout
+
+
+def test_a_finished_run_is_not_begun_again(ray_cluster: RayCluster, tmp_path: Path):
+    short = ("train.steps=1", "train.prompts_per_step=2", "method.group_size=2", "learner.num_ranks=1", "report=null")
+    command = readme("diffrl train configs/quickstart.yaml --resume", f"run_dir={tmp_path}/run", *short)
+    assert succeeds(command, RAY_ADDRESS=ray_cluster.address) == ""
+    assert (tmp_path / "run/checkpoints/step-000001/model/model.safetensors").is_file()
+    assert succeeds(command) == f"rl: {tmp_path}/run is finished; nothing was started\n"
 
 
 def test_config_and_dry_run_start_nothing(tmp_path: Path):

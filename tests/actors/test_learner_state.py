@@ -10,10 +10,11 @@ import pytest
 import ray
 import torch
 
-from actors.engine import NOTE, read_note
+from actors.engine import read_note
 from actors.learner import Learner
 from actors.pool import WorkersKeepDyingError
 from actors.weights import PackedState, fetch
+from diffrl.checkpoint import NOTE
 from diffrl.config import RLConfig
 from diffrl.errors import RunStoppedError
 from diffrl.models.folders import load_model, state_dict_for_export
@@ -26,15 +27,18 @@ Tensors = dict[str, torch.Tensor]
 
 
 def trained(
-    config: RLConfig, batches: list[TrainBatch], disturb: Any = None
+    config: RLConfig, batches: list[TrainBatch], disturb: Any = None, save_every: int | None = None
 ) -> tuple[list[UpdateResult], Tensors, Learner]:
-    """Updates on the batches and the weights after them; `disturb(group, number)` is called before each."""
+    """Updates on the batches and the weights after them; `disturb(group, number)` is called before each, and the group is
+    saved after every `save_every` of them."""
     with running(config, load_policy_tokenizer(config.model)) as (group, store):
         results = []
         for number, batch in enumerate(batches):
             if disturb is not None:
                 disturb(group, number)
             results.append(group.update(ray.put(batch)))
+            if save_every and (number + 1) % save_every == 0:
+                group.save(Path(config.run_dir) / f"after-{number + 1}")
         if disturb is not None:
             disturb(group, len(batches))
         return results, dict(fetch(group.publish(store, ()))), group
@@ -144,15 +148,14 @@ def test_a_lost_rank_changes_nothing(ray_cluster, tuned_model, tmp_path, learner
         elif number in deaths:
             end(victim)
 
-    config = config_of(tuned_model, tmp_path / "lost", learner={"save_every": save_every, **learner})
+    config = config_of(tuned_model, tmp_path / "lost", learner=learner)
     batches = batches_for(config, STEPS)
-    lost = trained(config, batches, disturb)
+    lost = trained(config, batches, disturb, save_every)
     calm = trained(config_of(tuned_model, tmp_path / "calm", learner=learner), batches)
     assert lost[2].num_rebuilds == len(deaths) and calm[2].num_rebuilds == 0
     assert lost[0] == calm[0]
     assert_same(lost[1], calm[1])
-    saves = sorted((tmp_path / "lost" / "learner").glob("version-*"))
-    assert [save.name for save in saves] == ["version-000002"]
+    assert lost[2].saved == tmp_path / "lost" / "after-2" and not lost[2].since_save
 
 
 @pytest.mark.slow
@@ -181,14 +184,13 @@ def test_ranks_that_keep_dying_end_the_run(ray_cluster, tuned_model, tmp_path):
     ],
 )
 def test_a_saved_state_goes_on(ray_cluster, tuned_model, tmp_path, learner: dict):
-    config = config_of(tuned_model, tmp_path / "first", learner={"save_every": 1, **learner})
+    config = config_of(tuned_model, tmp_path / "first", learner=learner)
     batches = batches_for(config, STEPS)
     tokenizer = load_policy_tokenizer(config.model)
     with running(config, tokenizer) as (group, store):
         group.update(ray.put(batches[0]))
-        saved = group.saved
-        assert saved is not None
-        kept = saved.rename(tmp_path / "version-000001")  # out of the way of the next save
+        kept = tmp_path / "after-1"
+        group.save(kept)
         last = group.update(ray.put(batches[1]))
         expected = dict(fetch(group.publish(store, ())))
     with running(config_of(tuned_model, tmp_path / "second", learner=learner), tokenizer) as (group, store):

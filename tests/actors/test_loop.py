@@ -13,6 +13,7 @@ from actors.driver import Run, train
 from actors.learner import Learner
 from actors.pool import Pipeline
 from actors.prepare import prepare
+from actors.run_start import begin
 from actors.system import System
 from actors.telemetry import SAMPLING_METRICS, Telemetry
 from diffrl.config import ModelConfig, RLConfig
@@ -20,7 +21,6 @@ from diffrl.errors import RunStoppedError
 from diffrl.models.folders import load_model, load_state_dict, save_model
 from diffrl.models.loading import load_policy_tokenizer
 from diffrl.rollout_store import read_all
-from diffrl.run_folder import create_run_folder
 from diffrl.saved_batch import load_batch
 from diffrl.types import RolloutGroup, ScoredGroup, ScoringBatch
 from tests.actors.conftest import rl_config
@@ -116,13 +116,14 @@ class Interrupted(Run):
 
 def run_with(run_class: type[Run], config: RLConfig) -> Run:
     prepared = prepare(config)
-    folder = create_run_folder(config)
+    start = begin(config, None)
+    assert start is not None
     with (
         System(config, prepared.tokenizer) as system,
         Learner(config, prepared.tokenizer, prepared.num_steps) as learner,
-        Telemetry(folder, prepared.num_steps) as telemetry,
+        Telemetry(start.folder, prepared.num_steps) as telemetry,
     ):
-        run = run_class(prepared, folder, system, learner, telemetry)
+        run = run_class(prepared, start, system, learner, telemetry)
         run.train()
         return run
 

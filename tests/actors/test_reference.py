@@ -12,12 +12,12 @@ from actors.learner import Learner
 from actors.pool import WorkerPool
 from actors.prepare import prepare
 from actors.reference import Reference
+from actors.run_start import begin
 from actors.system import System, spawner
 from actors.telemetry import Telemetry
 from actors.weights import Weights, WeightStore, fetch, fill_bucket, plan_buckets, stream
 from diffrl.config import RLConfig
 from diffrl.models.folders import load_model, state_dict_for_export
-from diffrl.run_folder import create_run_folder
 from diffrl.scoring import completion_logprobs
 from tests.actors.conftest import rl_config
 from tests.actors.learner_case import config_of, end, random_batch
@@ -77,13 +77,14 @@ def run_of(config: RLConfig) -> list[tuple[int, dict[str, torch.Tensor], dict[st
             seen.append((self.reference.version, fetch(self.reference), fetch(self.weights)))
 
     prepared = prepare(config)
-    folder = create_run_folder(config)
+    start = begin(config, None)
+    assert start is not None
     with (
         System(config, prepared.tokenizer) as system,
         Learner(config, prepared.tokenizer, prepared.num_steps) as learner,
-        Telemetry(folder, prepared.num_steps) as telemetry,
+        Telemetry(start.folder, prepared.num_steps) as telemetry,
     ):
-        Watched(prepared, folder, system, learner, telemetry).train()
+        Watched(prepared, start, system, learner, telemetry).train()
     return seen
 
 

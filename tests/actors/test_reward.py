@@ -13,6 +13,7 @@ from actors.learner import Learner
 from actors.pool import WorkerPool
 from actors.prepare import prepare
 from actors.reward import NOT_JUDGED, RewardWorker
+from actors.run_start import begin
 from actors.system import System, spawner
 from actors.telemetry import Telemetry, pool_metrics
 from diffrl.config import RLConfig, SandboxConfig
@@ -20,7 +21,6 @@ from diffrl.data.sft import fenced
 from diffrl.errors import RunStoppedError
 from diffrl.models.folders import load_model
 from diffrl.rollout_store import read_all
-from diffrl.run_folder import create_run_folder
 from diffrl.types import Judgement, Problem, Rollout, RolloutGroup
 from sandbox.pool import PoolStats, SandboxPool
 from sandbox.process import ProcessSandbox
@@ -172,17 +172,18 @@ class FailingWorker(RewardWorker):
 
 def run_failing(config: RLConfig, num_failed: int) -> Path:
     prepared = prepare(config)
-    folder = create_run_folder(config)
+    start = begin(config, None)
+    assert start is not None
     with (
         System(prepared.config, prepared.tokenizer) as system,
         Learner(prepared.config, prepared.tokenizer, prepared.num_steps) as learner,
-        Telemetry(folder, prepared.num_steps) as telemetry,
+        Telemetry(start.folder, prepared.num_steps) as telemetry,
     ):
         system.judges.close()
         make = spawner(FailingWorker, {"num_cpus": 0.25}, num_failed, prepared.config.sandbox, WEIGHTS)
         system.judges = WorkerPool(make, 1)
-        Run(prepared, folder, system, learner, telemetry).train()
-    return folder
+        Run(prepared, start, system, learner, telemetry).train()
+    return start.folder
 
 
 @pytest.mark.usefixtures("ray_cluster")

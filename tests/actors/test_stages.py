@@ -17,9 +17,8 @@ import pytest
 import torch
 from ray.util.state import list_actors
 
-from actors.checkpoints import checkpoint_path, committed_steps
-from actors.engine import NOTE
 from actors.stages import train_supervised
+from diffrl.checkpoint import NOTE, checkpoint_path, committed_steps
 from diffrl.config import PretrainConfig, SftConfig
 from diffrl.config_file import dump_config, validate
 from diffrl.data.microcode import microcode_exercises

@@ -12,7 +12,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from actors.evaluate import PassRates
+from actors.evaluate import PassRates, read_report
 from diffrl.analysis import paired_bootstrap
 
 ROOT = Path(__file__).parents[2]
@@ -42,16 +42,7 @@ def run_seed(seed: int, folder: Path, overrides: list[str]) -> list[float]:
 
 
 def reports(run_dir: Path) -> tuple[Report, Report]:
-    def read(name: str) -> Report:
-        rows = json.loads((run_dir / name).read_text())
-        return {
-            key: PassRates(
-                num_samples=r["num_samples"], num_correct=tuple(r["num_correct"]), families=tuple(r["families"])
-            )
-            for key, r in rows.items()
-        }
-
-    return read("report_before.json"), read("report_after.json")
+    return read_report(run_dir / "report_before.json"), read_report(run_dir / "report_after.json")
 
 
 def gain_cell(before: PassRates, after: PassRates, seed: int) -> str:

@@ -163,8 +163,8 @@ def finished(tmp_path: Path) -> Path:
     return folder
 
 
-def action(folder: Path, now: Inputs, *, model=MODEL, evaluation=ASKED, resumable=True) -> tuple[str, ...]:
-    made = decide(folder, now, model=model, evaluation=evaluation, resumable=resumable)
+def action(folder: Path, now: Inputs, *, model=MODEL, evaluation=ASKED) -> tuple[str, ...]:
+    made = decide(folder, now, model=model, evaluation=evaluation)
     return (made.action, *made.reasons)
 
 
@@ -208,7 +208,6 @@ def test_an_unfinished_stage_goes_on_if_nothing_changed(tmp_path):
     folder.mkdir()
     (folder / "run.json").write_text("{}")
     assert action(folder, inputs()) == ("resume", "unfinished")
-    assert action(folder, inputs(), resumable=False) == ("run", "unfinished", "this stage starts again")
     assert action(folder, inputs(seed=1)) == ("run", "unfinished", "seed changed from 0 to 1")
     (tmp_path / "sft.inputs.json").write_text("{cut")
     assert action(folder, inputs()) == ("run", "unfinished", "its inputs are not known")

@@ -36,7 +36,7 @@ def test_a_new_folder(tmp_path):
     assert load_config(folder / "config.yaml") == config
     run = json.loads((folder / "run.json").read_text())
     assert run["schema_version"] == SCHEMA_VERSION == 1
-    assert run["git_commit"] == git_commit() and run.keys() == {"schema_version", "version", "git_commit", "attempt"}
+    assert run["git_commit"] == git_commit() and run.keys() == {"schema_version", "version", "git_commit"}
     assert sorted(p.name for p in folder.iterdir()) == ["config.yaml", "run.json"]
     check_run_folder(folder)
 
