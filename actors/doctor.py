@@ -65,16 +65,17 @@ def examine(config_path: str | None, overrides: Sequence[str]) -> Iterator[Findi
     yield check_python(sys.version_info[:3])
     packages = check_packages(our_requirements(), metadata.version)
     yield packages
-    yield attempted("torch", find_torch)
+    torch = attempted("torch", find_torch)
+    yield torch
     config, refusal = None, None
-    if config_path is not None and packages.verdict != "bad":
-        config, refusal = read_config(config_path, overrides)
+    if config_path is not None:
+        config, refusal = read_config(config_path, overrides, broken="bad" in (packages.verdict, torch.verdict))
     address = (config and config.ray.address) or os.environ.get("RAY_ADDRESS") or None
     starts_here = address in (None, "local")
     yield check_ray(address, timeout=CONNECT_S)
     if starts_here:
         yield check_ports(HEAD_PORTS)
-    yield check_ray_auth(os.environ, Path.home() / ".ray" / "auth_token", joins=not starts_here)
+    yield check_ray_auth(os.environ, Path.home() / ".ray" / "auth_token", joins=not starts_here and address != "auto")
     if starts_here:
         yield check_shared_memory(free_bytes("/dev/shm"), memory_bytes())
     yield check_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE))
@@ -179,8 +180,11 @@ def checkpoint_bytes(config: "AnyConfig", sizes: "Sizes") -> int:
 # The run
 
 
-def read_config(path: str, overrides: Sequence[str]) -> "tuple[AnyConfig | None, Finding | None]":
-    """The config, or what is wrong with it."""
+def read_config(path: str, overrides: Sequence[str], *, broken: bool) -> "tuple[AnyConfig | None, Finding | None]":
+    """The config, or what is wrong with it. `broken`: packages are, so that it cannot be read."""
+    if broken:
+        way_out = "mend the packages first"
+        return None, Finding(check="config", verdict="warn", found=f"{path} was not looked at", way_out=way_out)
     from diffrl.config_file import load_config
 
     try:

@@ -143,12 +143,8 @@ def check_ray(address: str | None, *, timeout: float) -> Finding:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=timeout):
             return Finding(check="ray", verdict="ok", found=f"{address} answers: runs join that cluster")
     except (OSError, OverflowError) as error:  # the latter: no such port
-        way_out = (
-            f"ray start --head --port={port} there, or unset RAY_ADDRESS (ray.address): runs start their own cluster"
-        )
-        return Finding(
-            check="ray", verdict="bad", found=f"nobody answers at {address} ({error})", way_out=f"{way_out} then"
-        )
+        way_out = f"ray start --head --port={port} there, or unset RAY_ADDRESS or ray.address: runs then start their own cluster"
+        return Finding(check="ray", verdict="bad", found=f"nobody answers at {address} ({error})", way_out=way_out)
 
 
 def check_ports(options: Mapping[int, str]) -> Finding:
@@ -163,7 +159,7 @@ def check_ports(options: Mapping[int, str]) -> Finding:
         check="ports",
         verdict="warn",
         found=f"taken: {', '.join(map(str, taken))}",
-        way_out=f"{way_out} (a run needs none)",
+        way_out=f"{way_out} (a run's own cluster takes others)",
     )
 
 

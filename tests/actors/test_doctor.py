@@ -333,6 +333,17 @@ def test_a_mistake_in_the_config_is_one_bad_line(small: Path, called: Called):
     assert len([line for line in stdout.splitlines() if line.split()[1] == "sandbox"]) == 1  # the machine is looked at
 
 
+def test_with_broken_packages_only_the_machine_is_looked_at(small: Path):
+    """In a process in which torch cannot be imported."""
+    script = "import sys; sys.modules['torch'] = None; from actors.cli import main; main()"
+    command = [sys.executable, "-c", script, "doctor", str(small)]
+    made = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert made.returncode == 1 and made.stderr == "", made.stderr
+    assert re.search(r"^bad  torch       cannot be imported: .* -> make venv", made.stdout, re.MULTILINE)
+    assert re.search(r"^warn config      .*rl.yaml was not looked at -> mend", made.stdout, re.MULTILINE)
+    assert re.search(r"^ok   sandbox     ", made.stdout, re.MULTILINE)
+
+
 def test_what_only_the_dry_run_sees(small: Path, called: Called):
     status, stdout = called(str(small), "data.max_prompt_tokens=1")
     (line,) = [line for line in stdout.splitlines() if line.startswith("bad")]

@@ -224,7 +224,7 @@ from actors.cli import main
 try:
     main()
 except SystemExit as ended:
-    loaded = {"torch", "ray", "transformers", "pydantic", "deepspeed"} & set(sys.modules)
+    loaded = {"torch", "ray", "transformers", "deepspeed", "diffrl.config"} & set(sys.modules)
     sys.exit(f"loaded {loaded}" if loaded else ended.code)
 """
 
