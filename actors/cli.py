@@ -1,14 +1,15 @@
-"""The `diffrl` command: train, pipeline, eval, generate, judge, data, sandbox, config. Bad input is one line on stderr and
-exit status 2; a run that had to stop, one line and status 1.
+"""The `diffrl` command: train, pipeline, status, doctor, eval, generate, judge, data, sandbox, config. Bad input is one line on
+stderr and exit status 2; a run that had to stop, one line and status 1. Every command imports what it needs: the configs
+alone bring torch.
 """
 
 import sys
+import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from diffrl.config import RLConfig
-from diffrl.config_file import dump_config, load_config
 from diffrl.errors import ConfigError, RunStoppedError
 from sandbox.backends import DEFAULT_IMAGE, BackendOptions, read_token
 from sandbox.image.rootfs import MIRROR
@@ -57,6 +58,9 @@ def train(
     ] = None,
 ) -> None:
     """Run one stage: pretrain, midtrain, sft or rl, whatever the config says."""
+    from diffrl.config import RLConfig
+    from diffrl.config_file import load_config
+
     resolved = load_config(config, overrides or [])
     if dry_run:
         from actors.dry_run import dry_run as check
@@ -64,7 +68,7 @@ def train(
         check(resolved, resume=resume)
         return
     if isinstance(resolved, RLConfig):
-        from actors.driver import train as train_rl  # imports Ray and torch: not for `diffrl --help`
+        from actors.driver import train as train_rl
 
         train_rl(resolved, resume=resume)
     else:
@@ -87,14 +91,40 @@ def pipeline(
     from diffrl.pipeline_file import load_pipeline
 
     resolved = load_pipeline(config, overrides or [])
-    from actors.pipeline import run_pipeline  # imports Ray and torch
+    from actors.pipeline import run_pipeline
 
     run_pipeline(resolved, first=first, until=until, only_plan=dry_run)
+
+
+@app.command()
+def status(
+    run: Annotated[str, typer.Argument(help="folder of a run or of a pipeline, such as runs/quickstart")],
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """What a run's folder says of it: steps, metrics, speed, restarts, checkpoints; of a pipeline a line per stage."""
+    from diffrl import status as words
+
+    found = words.status_of(Path(run), time.time())
+    print(words.as_json(found) if as_json else words.as_text(found))
+
+
+@app.command()
+def doctor(
+    config: Annotated[str | None, typer.Argument(help="YAML file: check that run too")] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="a JSON list on stdout")] = False,
+) -> None:
+    """Check this machine, and whether a run can start on it: a line per check. Exit status 1 if anything is bad."""
+    from actors.doctor import doctor as examine
+
+    raise typer.Exit(0 if examine(config, overrides or [], as_json=as_json) else 1)
 
 
 @app.command(name="config")
 def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
     """Print the resolved config, defaults included."""
+    from diffrl.config_file import dump_config, load_config
+
     print(dump_config(load_config(config, overrides or [])), end="")
 
 
@@ -195,6 +225,9 @@ def prepare(
 ) -> None:
     """Make the training rows of a supervised stage once, with Ray Data; train from them with
     data: {source: shards, path: FOLDER}."""
+    from diffrl.config import RLConfig
+    from diffrl.config_file import load_config
+
     resolved = load_config(config, overrides or [])
     if isinstance(resolved, RLConfig):
         raise ConfigError(f"stage: {resolved.stage!r} must be pretrain, midtrain or sft: RL has problems, no rows")

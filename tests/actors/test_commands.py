@@ -35,6 +35,8 @@ COMMANDS = (
     "diffrl train configs/quickstart.yaml --dry-run",
     "diffrl train configs/quickstart.yaml --resume",
     "diffrl train configs/mbpp.yaml",
+    "diffrl doctor",
+    "diffrl status",
     "diffrl config",
     "diffrl data prepare",
     "diffrl data add-tokens",
@@ -59,7 +61,8 @@ def readme_commands() -> list[str]:
         c
         for c in commands
         if re.match(
-            r"(diffrl (train|pipeline|data|eval|generate|config|judge|sandbox)|ray|python3?|\S+/python3?) [^A-Z]", c
+            r"(diffrl (train|pipeline|data|eval|generate|config|judge|sandbox|doctor|status)|ray|python3?|\S+/python3?) [^A-Z]",
+            c,
         )
     ]
 
@@ -142,6 +145,11 @@ def test_the_quickstart_is_a_pipeline(ray_cluster: RayCluster, tmp_path: Path):
         *(("pretrain", 2, True), ("midtrain", 2, True), ("sft", 2, True), ("rl", 1, True))
     ]
     assert all(re.search(rf"│ {row['stage']} +│ run +│ {row['steps']} +│", stdout) for row in rows), stdout
+    head, *stages = succeeds(readme("diffrl status", **{"runs/quickstart": f"{tmp_path}/run"})).splitlines()
+    assert head == f"{tmp_path}/run: pipeline, finished"
+    for row, line in zip(rows, stages, strict=True):
+        assert line.split()[0] == row["stage"] and f"steps {row['steps']} of {row['steps']}; " in line
+        assert re.search(r"attempt 1, finished in [\d.]+ (s|min)", line), line
 
 
 def test_the_7b_pipeline_is_planned_where_its_models_are_not():
@@ -184,6 +192,14 @@ def test_config_and_dry_run_start_nothing(tmp_path: Path):
     assert resolved["method"]["group_size"] == 10 and resolved["optim"]["lr"] == 1e-6
     command = readme("diffrl train configs/quickstart.yaml --dry-run", f"run_dir={tmp_path}/run")
     assert "nothing was started" in succeeds(command, RAY_ADDRESS="127.0.0.1:1")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_doctor_finds_nothing_bad_here(tmp_path: Path):
+    command = readme("diffrl doctor", f"run_dir={tmp_path}/run")
+    stdout = succeeds(command)
+    assert re.search(r"^ok   config      ready: 3016 problems, 60 steps; nothing was started; ", stdout, re.MULTILINE)
+    assert {line.split()[0] for line in stdout.splitlines()} <= {"ok", "warn"}
     assert not (tmp_path / "run").exists()
 
 
