@@ -9,28 +9,25 @@ there has the numbers of one that nothing happened to.
 
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import ray
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from actors.evaluate import Evaluator, PassRates, read_report
 from actors.learner import Learner
 from actors.pool import GroupBuffer, Pipeline, Request
 from actors.prepare import Prepared, prepare
 from actors.run_start import REPORT_BEFORE, RunStart, begin, check_resume
+from actors.saving import export_adapter, export_policy, write_checkpoint
 from actors.system import System
 from actors.telemetry import Telemetry, pool_metrics, sampling_metrics
-from actors.weights import Weights, fetch, fetch_tensors, publish_folder
+from actors.weights import Weights, publish_folder
 from diffrl.batches import StepRollouts, differs, rollout_metrics, scoring_batch, train_batch
-from diffrl.checkpoint import RunState, checkpoint_path, commit, discard, part_path, prune
-from diffrl.config import ModelConfig, RLConfig
+from diffrl.checkpoint import RunState
+from diffrl.config import RLConfig
 from diffrl.data.sources import prompt_stream
 from diffrl.drift import beyond_limits, drift_metrics, guarded
 from diffrl.errors import RunStoppedError
-from diffrl.models.folders import save_folder
-from diffrl.models.lora import save_adapter
 from diffrl.models.tokens import special_id
 from diffrl.rollout_store import write_step
 from diffrl.run_folder import read_run, require_newest, write_run
@@ -290,14 +287,8 @@ class Run:
         return True
 
     def save(self, steps: int, *, ended: bool) -> None:
-        """Commit a checkpoint after so many steps, then delete those that are no longer kept."""
-        checkpoint, attempt = checkpoint_path(self.folder, steps), self.start.attempt
-        part = part_path(checkpoint, attempt.number)
-        discard(part)
-        self.learner.save((part / "learner").resolve())
-        export_policy(self.weights, self.prepared.tokenizer, part / "model")
-        if self.config.num_reference_workers > 0 and self.reference.version != self.weights.version:
-            save_folder(self.reference.hf_config, fetch(self.reference), part / "reference")
+        """Commit a checkpoint after so many steps."""
+        apart = self.config.num_reference_workers > 0 and self.reference.version != self.weights.version
         rate, step = self.best or (None, None)
         self.state = RunState(
             step=steps,
@@ -311,10 +302,15 @@ class Run:
             best_step=step,
             ended=ended,
         )
-        require_newest(self.folder, attempt)
-        commit(part, checkpoint, self.state.note())
-        self.learner.saved = (checkpoint / "learner").resolve()
-        prune(self.folder, keep=self.config.checkpoint.keep)
+        write_checkpoint(
+            self.start,
+            self.state,
+            self.learner,
+            self.weights,
+            self.reference if apart else None,
+            self.prepared.tokenizer,
+            keep=self.config.checkpoint.keep,
+        )
 
     def report_before(self) -> dict[str, PassRates] | None:
         """The report before training, of an earlier start of the run if there was one."""
@@ -345,18 +341,6 @@ class Run:
 def sandbox_choice(prepared: Prepared) -> dict[str, str]:
     """What judges in this run, and why."""
     return {"backend": prepared.config.sandbox.backend, "reason": prepared.sandbox_reason}
-
-
-def export_policy(weights: Weights, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
-    save_folder(weights.hf_config, fetch(weights), path)
-    tokenizer.save_pretrained(path)
-
-
-def export_adapter(weights: Weights, model: ModelConfig, path: Path) -> None:
-    """The adapters alone, as peft reads them."""
-    assert weights.adapter is not None and model.lora is not None
-    tensors = fetch_tensors(weights.adapter.tensors, weights.version)
-    save_adapter(tensors, model.lora, path, base_path=model.path)
 
 
 class Clock:

@@ -1,6 +1,7 @@
 """Checkpoints of a supervised stage as folders, and the state of optimizers that act as one."""
 
 import copy
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -39,13 +40,15 @@ def test_the_newest_and_the_best_stay(tmp_path: Path):
 
 
 def test_metrics_are_cut_back_to_a_checkpoint(tmp_path: Path):
-    metrics = MetricsFile(tmp_path)
-    metrics.write({"step": 0})
-    progress = Progress(step=1, metrics_bytes=metrics.sync())
-    before = metrics.path.read_bytes()
-    metrics.write({"step": 1})
-    metrics.cut(Progress.from_note(progress.note()).metrics_bytes)
-    assert metrics.path.read_bytes() == before
+    with closing(MetricsFile(tmp_path)) as metrics:
+        metrics.write({"step": 0})
+        progress = Progress(step=1, metrics_bytes=metrics.sync())
+        before = metrics.path.read_bytes()
+        metrics.write({"step": 1})
+        metrics.cut(Progress.from_note(progress.note()).metrics_bytes)
+        assert metrics.path.read_bytes() == before
+        metrics.write({"step": 1})
+        assert metrics.path.read_bytes() == before + b'{"step": 1}\n'
 
 
 def optimizer_of(model: torch.nn.Sequential) -> JointOptimizer:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -178,15 +179,14 @@ def test_the_last_start_alone_writes(tmp_path, tuned_model, problems_file, other
     config = config_of(tuned_model, problems_file, tmp_path / "run", other_problems)
     first = begin(config, None)
     assert first is not None
-    old = MetricsFile(first.folder)
-    old.write({"step": 0})
-    second = begin(config, "auto")
-    assert second is not None and (first.attempt.number, second.attempt.number) == (1, 2)
-    new = MetricsFile(second.folder)
-    new.cut(0)
-    old.write({"step": 1})  # too late: into a file that has no name any more
-    new.write({"step": 0})
-    assert new.path.read_text() == '{"step": 0}\n'
+    with closing(MetricsFile(first.folder)) as old, closing(MetricsFile(first.folder)) as new:
+        old.write({"step": 0})
+        second = begin(config, "auto")
+        assert second is not None and (first.attempt.number, second.attempt.number) == (1, 2)
+        new.cut(0)
+        old.write({"step": 1})  # too late: into a file that has no name any more
+        new.write({"step": 0})
+        assert new.path.read_text() == '{"step": 0}\n'
     require_newest(second.folder, second.attempt)
     with pytest.raises(RunStoppedError, match="the run has been started again elsewhere; this start of it ends here"):
         require_newest(first.folder, first.attempt)

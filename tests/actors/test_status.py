@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from diffrl.config_file import dump_config, validate
 from diffrl.errors import ConfigError
 from diffrl.files import write_json
 from diffrl.manifests import Inputs, StageManifest, write_manifest
-from diffrl.run_folder import MetricsFile, create_run_folder, read_run, write_run
+from diffrl.run_folder import MetricsFile, claim_attempt, create_run_folder, read_run, write_run
 from diffrl.status import PipelineStatus, RunStatus, as_json, as_text, duration, status_of
 
 ROOT = Path(__file__).parents[2]
@@ -32,19 +33,21 @@ def rl_run(path: Path, **train: int) -> Path:
     raw = {"stage": "rl", "run_dir": str(path), "data": {"source": "microcode"}, "train": train}
     config = validate({**raw, "method": {"group_size": 5}}, "test")
     assert isinstance(config, RLConfig)
-    return create_run_folder(config, sandbox={"backend": "process", "reason": ""})
+    folder = create_run_folder(config, sandbox={"backend": "process", "reason": ""})
+    claim_attempt(folder)
+    return folder
 
 
 def write_rl_steps(folder: Path, steps: range, restarts: Mapping[int, int], masked: Mapping[int, int]) -> None:
     """Lines of one start of the driver; `restarts` by then, and samples masked in a step."""
-    telemetry = Telemetry(folder, 30)
     count = 0
-    for step in steps:
-        count = restarts.get(step, count)
-        reward = {"reward/mean": step / 10, "reward/solved_frac": step / 100, "loss/total": -step / 10}
-        times = {"time/rollouts": 1.0 + step, "time/learner": 0.5, "rollout/tokens_per_second": 1e6}
-        times |= {"restarts/rollout": count, "restarts/judge": 0}
-        telemetry.step(step, {**reward, **LOSS, "sandbox/infra_error_frac": masked.get(step, 0) / 10}, times)
+    with Telemetry(folder, 30) as telemetry:
+        for step in steps:
+            count = restarts.get(step, count)
+            reward = {"reward/mean": step / 10, "reward/solved_frac": step / 100, "loss/total": -step / 10}
+            times = {"time/rollouts": 1.0 + step, "time/learner": 0.5, "rollout/tokens_per_second": 1e6}
+            times |= {"restarts/rollout": count, "restarts/judge": 0}
+            telemetry.step(step, {**reward, **LOSS, "sandbox/infra_error_frac": masked.get(step, 0) / 10}, times)
 
 
 def run_of(path: Path, now: float = 0.0) -> RunStatus:
@@ -81,7 +84,8 @@ def test_a_finished_supervised_run(tuned_model: Path):
 def test_an_rl_run_that_goes_on(tmp_path: Path):
     folder = rl_run(tmp_path / "run")
     write_rl_steps(folder, range(12), restarts={3: 1, 7: 3}, masked={2: 4, 5: 1})
-    Telemetry(folder, 30).evaluation(11, {"eval/pass@1": 0.25})
+    with Telemetry(folder, 30) as telemetry:
+        telemetry.evaluation(11, {"eval/pass@1": 0.25})
     modified = (folder / "metrics.jsonl").stat().st_mtime
     found = run_of(folder, modified + 90)
     assert (found.stage, found.steps, found.num_steps, found.finished_s) == ("rl", 12, 30, None)
@@ -132,11 +136,11 @@ def test_steps_that_the_data_decide(tmp_path: Path):
     path = tmp_path / "run"
     raw = {"stage": "sft", "run_dir": str(path), "data": {"source": "microcode"}}
     create_run_folder(validate(raw, "test"))
-    metrics = MetricsFile(path)
-    metrics.write(
-        {"step": 0, "loss/diffusion": None, "time/step": 2.0, "time/rows": 1.0, "time/tokens_per_second": 9.0}
-    )
-    metrics.write({"step": 0, "validation/diffusion": 1.5, "time/validation": 7.0})
+    with closing(MetricsFile(path)) as metrics:
+        metrics.write(
+            {"step": 0, "loss/diffusion": None, "time/step": 2.0, "time/rows": 1.0, "time/tokens_per_second": 9.0}
+        )
+        metrics.write({"step": 0, "validation/diffusion": 1.5, "time/validation": 7.0})
     found = run_of(path)
     assert (found.steps, found.num_steps, found.seconds_per_step) == (1, None, 3.0)
     assert found.metrics == {"loss/diffusion": None, "validation/diffusion": 1.5}

@@ -1,6 +1,7 @@
 """Run folders: what is written, what is refused, and that nothing is ever lost."""
 
 import json
+from contextlib import closing
 
 import pytest
 
@@ -96,13 +97,14 @@ def test_an_unknown_schema_is_refused_with_a_way_out(tmp_path, content, found):
 
 
 def test_metrics_are_one_line_per_step_with_sorted_keys(tmp_path):
-    metrics = MetricsFile(tmp_path)
-    metrics.write({"step": 1, "reward/mean": 0.5, "loss/kl": 1e-7})
-    metrics.write({"step": 2, "eval/pass": None, "note": "a\nb"})
+    with closing(MetricsFile(tmp_path)) as metrics:
+        metrics.write({"step": 1, "reward/mean": 0.5, "loss/kl": 1e-7})
+        metrics.write({"step": 2, "eval/pass": None, "note": "a\nb"})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert lines[0] == '{"loss/kl": 1e-07, "reward/mean": 0.5, "step": 1}'
     assert [json.loads(line) for line in lines[1:]] == [{"step": 2, "eval/pass": None, "note": "a\nb"}]
-    MetricsFile(tmp_path).write({"step": 3})  # another process goes on where this one stopped
+    with closing(MetricsFile(tmp_path)) as metrics:  # another process goes on where this one stopped
+        metrics.write({"step": 3})
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
