@@ -146,11 +146,12 @@ class Run:
         clock.mark("time/publish")
         self.follow(step)
         clock.mark("time/pull")
+        synced = self.check_sync(step, drawn)
         restarts = {f"restarts/{name}": pool.num_restarts for name, pool in self.system.pools().items()}
         restarts["restarts/learner"] = self.learner.num_rebuilds
         metrics = {**rollout_metrics(drawn.scored), "rollout/replaced_groups": float(len(drawn.replaced))}
         metrics["weights/bytes"] = self.weights.num_bytes
-        metrics |= self.watch(step, drawn)
+        metrics |= synced | self.watch(step, drawn)
         self.telemetry.step(step, {**metrics, **result.metrics}, {**clock.times, **restarts, **pools, **sampling})
         self.check_update(step, result)
 
@@ -256,6 +257,26 @@ class Run:
                 )
         acknowledged = self.system.rollouts.broadcast("pull", self.weights)
         assert acknowledged == [self.weights.version] * len(acknowledged)
+
+    def check_sync(self, step: int, drawn: StepRollouts) -> dict[str, float]:
+        """Every `sync.every` steps: how far apart the log-probs of one group are under the learner's policy and as the rollout
+        workers have it. RunStoppedError beyond the limit."""
+        if self.config.sync.every is None or (step + 1) % self.config.sync.every:
+            return {}
+        batch = drawn.scoring[drawn.scored[0].group.ordinal]
+        expected = self.learner.probe(batch)
+        release = self.config.method.compat == "release"
+        found = self.system.rollouts.broadcast("logprobs", batch, self.weights, release)
+        apart = max(float((logprobs - expected).abs()[:, batch.scored_BC].max()) for logprobs in found)
+        limit = self.config.max_logprob_absdiff
+        if not apart <= limit:
+            self.export("model")
+            raise RunStoppedError(
+                f"sync.max_logprob_absdiff: after step {step + 1} a token's log-prob differs by {apart:.3g} between the learner "
+                f"and a rollout worker that has weights of the same version, the limit is {limit:g}; look at the versions of "
+                f"torch and the devices of both, or raise the limit (policy so far: {self.folder / 'model'})"
+            )
+        return {"sync/logprob_absdiff_max": apart}
 
     def check_update(self, step: int, result: UpdateResult) -> None:
         """RunStoppedError when too many optimizer steps in a row had to be skipped."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import ray
+import torch
 from ray.exceptions import RayTaskError
 from transformers import PreTrainedTokenizerFast
 
@@ -21,7 +22,7 @@ from actors.weights import Weights
 from diffrl.config import RLConfig
 from diffrl.errors import RunStoppedError
 from diffrl.saved_batch import save_batch
-from diffrl.types import TrainBatch, UpdateResult
+from diffrl.types import ScoringBatch, TrainBatch, UpdateResult
 
 MAX_REBUILDS = 3  # in a row, without a single update
 GRACE_S = 20.0  # from the failure of one rank to the death that may be behind it
@@ -72,6 +73,10 @@ class Learner:
             self.keep_failed(batch, version, metrics)
         self.since_save.append(batch)
         return UpdateResult(version=version, metrics=metrics)
+
+    def probe(self, batch: ScoringBatch) -> torch.Tensor:
+        """float32 [I, B, C]: log-probs of a batch under the policy as the learner has it."""
+        return self.surviving(lambda: self.call("probe", batch))[0]
 
     def publish(self, store: Any, pinned: tuple[int, ...]) -> Weights:
         """The policy as a version in the store, where the last two and the `pinned` ones stay."""

@@ -158,6 +158,12 @@ class LearnerRank:
         with torch.no_grad():
             return self.logprobs(batch, iteration)
 
+    @ray.method
+    def probe(self, batch: ScoringBatch) -> torch.Tensor:
+        """float32 [I, B, C]: what the policy gives to a batch. All ranks compute the same."""
+        batch = to_device(batch if self.release else crop_prompts(batch), self.device)
+        return torch.stack([self.scores(batch, i) for i in range(len(batch.views))]).cpu()
+
     def with_reference(self, micro: TrainBatch) -> TrainBatch:
         """The micro-batch with the reference's scores, which are the model's own without its adapters."""
         with adapters_off(self.model):

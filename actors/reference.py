@@ -12,6 +12,7 @@ import torch
 
 from actors.weights import Bucket, PolicyHolder, Weights, fetch, fill_bucket, plan_buckets, stream
 from diffrl.micro_batches import crop_prompts
+from diffrl.models.base import PolicyModel
 from diffrl.scoring import completion_logprobs, to_device
 from diffrl.types import ScoringBatch
 
@@ -27,16 +28,7 @@ class Reference:
     @ray.method
     def logprobs(self, batch: ScoringBatch, weights: Weights) -> torch.Tensor:
         """float32 [I, B, C]: one estimate per inner iteration."""
-        model = self.holder.at(weights)
-        batch = to_device(batch if self.attend_padding else crop_prompts(batch), self.holder.device)
-        with torch.no_grad():
-            scores = [
-                completion_logprobs(
-                    model, batch, views, mask_token_id=model.mask_token_id, attend_padding=self.attend_padding
-                )
-                for views in batch.views
-            ]
-        return torch.stack(scores).cpu()
+        return logprobs_under(self.holder.at(weights), batch, attend_padding=self.attend_padding)
 
     @ray.method
     def mixed(self, policy: Weights, reference: Weights, mix: float, store: Any) -> Weights:
@@ -50,6 +42,17 @@ class Reference:
         )
         ray.get(store.commit.remote(weights, (weights.version,)))
         return weights
+
+
+def logprobs_under(model: PolicyModel, batch: ScoringBatch, *, attend_padding: bool) -> torch.Tensor:
+    """float32 [I, B, C], on the CPU: the batch's own estimates under a model."""
+    batch = to_device(batch if attend_padding else crop_prompts(batch), str(next(model.parameters()).device))
+    with torch.no_grad():
+        scores = [
+            completion_logprobs(model, batch, views, mask_token_id=model.mask_token_id, attend_padding=attend_padding)
+            for views in batch.views
+        ]
+    return torch.stack(scores).cpu()
 
 
 def mixed_buckets(policy: Weights, reference: Weights, mix: float) -> Iterator[Bucket]:

@@ -9,11 +9,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from actors.batcher import Batcher, RolloutStats
+from actors.reference import logprobs_under
 from actors.weights import PolicyHolder, Weights
 from diffrl.models.tokens import decode, end_ids, length_with_end
 from diffrl.prompts import chat_ids
 from diffrl.sampler import Canvas, Engine, Filled, SamplingParams
-from diffrl.types import Problem, Rollout, RolloutGroup
+from diffrl.types import Problem, Rollout, RolloutGroup, ScoringBatch
 
 
 class RolloutWorker:
@@ -46,6 +47,12 @@ class RolloutWorker:
         with self.batcher.idle:
             self.holder.at(weights)
         return weights.version
+
+    @ray.method
+    def logprobs(self, batch: ScoringBatch, weights: Weights, attend_padding: bool) -> torch.Tensor:
+        """float32 [I, B, C]: what this worker's model, whatever its dtype, gives to a batch."""
+        with self.batcher.idle:
+            return logprobs_under(self.holder.at(weights), batch, attend_padding=attend_padding)
 
     @ray.method
     def stats(self) -> RolloutStats:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from diffrl.config import AnyConfig
 
 FREE = (
-    *("run_dir", "ray", "checkpoint", "supervision", "judge"),
+    *("run_dir", "ray", "checkpoint", "supervision", "sync", "judge"),
     *("rollout.num_workers", "rollout.cpus_per_worker", "rollout.gpus_per_worker", "rollout.max_tokens_per_batch"),
     *("reference.num_workers", "reference.cpus", "reference.gpus", "learner.cpus_per_rank", "learner.gpus_per_rank"),
     *("workers.cpus_per_worker", "workers.gpus_per_worker", "workers.labels", "workers.max_failures"),

@@ -191,6 +191,15 @@ class RolloutConfig(Section):
         return self
 
 
+class SyncConfig(Section):
+    """Do the workers that sample have the learner's policy? Log-probs of the same tokens under the same masks are compared."""
+
+    every: Positive | None = 20  # steps; None: never
+    max_logprob_absdiff: Annotated[float, Field(gt=0)] | None = (
+        None  # of one token; beyond it the run stops. None: 1e-3 where everything is float32, else 1.0
+    )
+
+
 class WorkerConfig(Section):
     num_workers: Positive = 1
     cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
@@ -288,6 +297,7 @@ class RLConfig(Section):
     optim: OptimConfig = OptimConfig()
     train: RLTrain = RLTrain()
     rollout: RolloutConfig = RolloutConfig()
+    sync: SyncConfig = SyncConfig()
     judge: WorkerConfig = WorkerConfig()
     reference: ReferenceConfig = ReferenceConfig()
     learner: LearnerConfig = LearnerConfig()
@@ -312,6 +322,12 @@ class RLConfig(Section):
     def groups_in_flight(self) -> int:
         """Per rollout worker: as many as fit into a batch, and one that takes the place of the first to finish."""
         return self.max_tokens_per_batch // self.tokens_per_group + 1
+
+    @property
+    def max_logprob_absdiff(self) -> float:
+        """Of `sync`, with its default."""
+        exact = self.model.dtype == "float32" and self.rollout.dtype in (None, "float32")
+        return self.sync.max_logprob_absdiff or (1e-3 if exact else 1.0)
 
     @property
     def num_reference_workers(self) -> int:
