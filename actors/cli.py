@@ -61,7 +61,7 @@ def train(
     if dry_run:
         from actors.dry_run import dry_run as check
 
-        check(resolved)
+        check(resolved, resume="auto" if resume else None)
         return
     if isinstance(resolved, RLConfig):
         from actors.driver import train as train_rl  # imports Ray and torch: not for `diffrl --help`
