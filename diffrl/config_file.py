@@ -58,7 +58,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     except OSError as error:  # a name that is too long, a file that may not be read
         raise ConfigError(f"config: {path} cannot be read ({error.strerror}); give a file that can") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}); mend the file") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: {shown(raw)} is not a mapping; write `stage: rl` and further keys")
     return raw

@@ -4,10 +4,12 @@ Safetensors only, never a pickle, never remote code.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -57,6 +59,20 @@ def read_config(path: Path) -> dict:
     return raw
 
 
+@contextmanager
+def errors_of(path: Path) -> Iterator[None]:
+    """What is wrong with a model becomes a ValueError that names its folder."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"model.path: {path}: {error}") from None
+    except (TypeError, LookupError, ArithmeticError, RuntimeError, StrictDataclassError) as error:  # of transformers
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(
+            f"model.path: {path}: no model has such a config.json ({reason}); download it again"
+        ) from error
+
+
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a folder. Raises ValueError for a missing one."""
     index = path / "model.safetensors.index.json"
@@ -98,19 +114,12 @@ def load_model(
         raise ValueError(f"model.path: {path} holds no config.json; give a Hugging Face model folder")
     raw = read_config(path)
     mask_id = mask_token_id if raw.get("mask_token_id") is None else raw["mask_token_id"]
-    if mask_id is None:
+    if not isinstance(mask_id, int):
         raise ValueError(
             f"model.path: {path}/config.json names no mask_token_id; add it, or use a tokenizer with a mask token"
         )
-    try:
-        model = build_model({**raw, "mask_token_id": int(mask_id)}, load_state_dict(path, meta=meta))
-    except ValueError as error:
-        raise ValueError(f"model.path: {path}: {error}") from None
-    except (TypeError, ArithmeticError, RuntimeError) as error:  # out of transformers and torch, about its sizes
-        raise ValueError(
-            f"model.path: {path}/config.json is of no model that can be built ({' '.join(str(error).split())[:200]}); "
-            "download it again"
-        ) from error
+    with errors_of(path):
+        model = build_model({**raw, "mask_token_id": mask_id}, load_state_dict(path, meta=meta))
     return model.to(dtype) if dtype is not None else model
 
 

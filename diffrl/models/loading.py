@@ -26,7 +26,7 @@ def load_policy_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
         raise ValueError(f"model.path: {config.path} is not a folder; give a local Hugging Face folder or leave it out")
     try:
         tokenizer = load_tokenizer(config.path)
-    except (OSError, ValueError) as error:  # transformers answers in several lines, none of which names the folder
+    except (OSError, ValueError, TypeError, LookupError) as error:  # transformers' own, none of which names the folder
         raise ValueError(
             f"model.path: {config.path} holds no tokenizer that can be read; add its tokenizer.json"
         ) from error

@@ -11,7 +11,7 @@ from diffrl.config import LoraConfig, ModelConfig
 from diffrl.errors import one_of
 from diffrl.models.base import PolicyModel
 from diffrl.models.dream import DreamModel
-from diffrl.models.folders import family_of, read_config
+from diffrl.models.folders import errors_of, family_of, read_config
 from diffrl.models.lora import target_layers
 
 QWEN_7B = {
@@ -76,16 +76,9 @@ def sizes_of(config: ModelConfig) -> Sizes | None:
     known = read_config(file.parent) if file.is_file() else KNOWN_MODELS.get(name)
     if known is None:
         return None
-    try:
+    with errors_of(file.parent):
         family = family_of(known)
         backbone = family.empty_backbone(family.stock_config({"mask_token_id": 0, **known}))
-    except (
-        ValueError,
-        TypeError,
-        ArithmeticError,
-        RuntimeError,
-    ) as error:  # out of transformers and torch, about sizes
-        raise ValueError(f"model.path: {file.parent}: {' '.join(str(error).split())[:300]}") from error
     return sizes(backbone, family, config.lora)
 
 
