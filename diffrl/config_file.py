@@ -104,7 +104,7 @@ def describe(error: ValidationError, root: type[BaseModel]) -> str:
     """The first error of a validation, in one line: field, value, way out."""
     first = error.errors(include_url=False)[0]
     loc = [str(part) for part in first["loc"] if part != "[key]"]
-    field = ".".join(loc)
+    field = ".".join(part if part.isprintable() and 0 < len(part) <= 100 else shown(part) for part in loc)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         known = fields_at(root, loc[:-1])

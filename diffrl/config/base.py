@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from diffrl.errors import require
+from diffrl.errors import require, shown
 
 MAX_INT = 2**63 - 1  # of torch, Ray and Parquet
 
@@ -19,9 +19,14 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def check_integers(cls, raw: Any) -> Any:
+    def check_values(cls, raw: Any) -> Any:
+        """What neither torch nor a file system takes."""
         for key, value in raw.items() if isinstance(raw, Mapping) else ():
-            require(not isinstance(value, int) or abs(value) <= MAX_INT, str(key), value, "have at most 64 bits")
+            name = key if isinstance(key, str) and key.isprintable() else shown(key)
+            require(not isinstance(value, int) or abs(value) <= MAX_INT, name, value, "have at most 64 bits")
+            for text in (key, value):
+                bad = isinstance(text, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text)
+                require(not bad, name, text, "hold no null and no surrogate characters")
         return raw
 
 

@@ -186,6 +186,7 @@ MISTAKES = [
     ("rl", "run_dir=5", "run_dir", "5", "must be a valid string; quote it"),
     ("rl", "run_dir=2026-01-02", "run_dir", "2026, 1, 2", "must be a valid string; quote it"),
     ("rl", "seed=99999999999999999999", "seed", "99999999999999999999", "must have at most 64 bits"),
+    ("rl", f"seed=0x{'f' * 5000}", "seed", "too large to print", "must have at most 64 bits"),
     ("rl", "seed=-1", "seed", "-1", "must be greater than or equal to 0"),
     ("rl", "optim.lr=0", "optim.lr", "0", "must be greater than 0"),
     ("rl", "optim.lr=fast", "optim.lr", "'fast'", "must be a valid number"),
