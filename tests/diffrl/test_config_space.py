@@ -101,7 +101,10 @@ def assert_says(error: ConfigError, *raws: Any, origin: str | None = None) -> No
     assert origin is None or message.startswith(f"{origin}: ")
     found = {path for raw in raws for path in paths_of(raw)}
     entries = {f"{path}.{name}" for path in found if path.startswith("stages.") for name in StageEntry.model_fields}
-    fields = MODEL_PATHS | found | entries
+    overridden = {
+        path.partition(".overrides.")[2] for path in found if ".overrides." in path
+    }  # keys of the stage's own
+    fields = MODEL_PATHS | found | entries | overridden
     start = "" if origin is None else f"{origin}: "
     assert any(f"{start}{field}: " in message for field in fields), message
     assert len(message.partition(": ")[2]) > 10
