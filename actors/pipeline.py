@@ -22,7 +22,7 @@ from rich.table import Column, Table
 
 from actors.dry_run import dry_run
 from actors.evaluate_folder import evaluate_folder
-from actors.prepare import choose_sandbox
+from actors.prepare import check_gpus, check_shares, choose_sandbox, said_in_a_line
 from actors.system import connect
 from diffrl.config import AnyConfig, ModelConfig, RLConfig
 from diffrl.config_file import dump_config
@@ -43,7 +43,6 @@ from diffrl.manifests import (
 )
 from diffrl.pipeline_file import Pipeline
 from diffrl.run_folder import git_commit, move_aside
-from sandbox.types import SandboxUnavailableError
 
 MARK = "pipeline_run.yaml"  # by which the folder of a pipeline is known
 
@@ -93,21 +92,24 @@ class PipelineRun:
 
     def check_evaluation(self) -> None:
         """Raises ConfigError for problems or a sandbox that are not there."""
-        if self.config.evaluation is None:
+        evaluation = self.config.evaluation
+        if evaluation is None:
             return
-        try:
-            choose_sandbox(self.config.evaluation.sandbox)
-            problems_of(self.config.evaluation.problems)
-        except SandboxUnavailableError as error:
-            raise ConfigError(f"evaluation.sandbox: {error}") from error
-        except ValueError as error:
-            raise ConfigError(f"evaluation.problems.{error}") from error
+        with said_in_a_line(self.config):
+            check_shares(evaluation, "evaluation.")
+            needed = evaluation.num_workers * evaluation.gpus_per_worker
+            check_gpus(evaluation, needed, self.config.ray.address, "evaluation.")
+            choose_sandbox(evaluation.sandbox, "evaluation.sandbox")
+            problems_of(evaluation.problems, "evaluation.problems")
 
     def explain(self) -> None:
         """The checks and estimates of every stage, then the plan as a table."""
         for name in self.names:
             print(f"[{name}]")
-            dry_run(self.pipeline.stages[name], model=self.stand_in(name))
+            try:
+                dry_run(self.pipeline.stages[name], model=self.stand_in(name))
+            except ConfigError as error:
+                raise ConfigError(f"stages.{name}.{error}") from error
         try:
             self.check_evaluation()
         except ConfigError as error:
@@ -194,7 +196,7 @@ class PipelineRun:
                 with contextlib.redirect_stdout(io.StringIO()):
                     dry_run(self.pipeline.stages[later], model=self.stand_in(later))
             except ConfigError as error:
-                raise ConfigError(f"stages.{later}: {error}") from error
+                raise ConfigError(f"stages.{later}.{error}") from error
 
     def train(self, name: str, decision: Decision) -> None:
         """Run or resume; the manifest is written when all is done."""

@@ -1,25 +1,31 @@
 """Everything that a user can get wrong is found here, before the first actor starts."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from pydantic import BaseModel
 from transformers import PreTrainedTokenizerFast
 
 from actors.reward import backend_options
-from diffrl.config import PretrainConfig, RLConfig, SandboxConfig, SftConfig
+from diffrl.config import AnyConfig, PretrainConfig, RLConfig, SandboxConfig, SftConfig
 from diffrl.data.sources import problems_of
-from diffrl.errors import ConfigError
+from diffrl.errors import ConfigError, shown
 from diffrl.estimators import ESTIMATORS
 from diffrl.models.base import PolicyModel
 from diffrl.models.loading import check_policy, load_policy_tokenizer
 from diffrl.prompts import chat_ids
+from diffrl.resume import fields_of
 from diffrl.run_folder import check_run_folder
 from diffrl.types import Problem
 from sandbox.backends import choose_backend, require_available
 from sandbox.types import SandboxUnavailableError
+
+MIN_SHARE, MAX_SHARE = 1e-4, 1e6  # CPUs or GPUs of an actor, for Ray
 
 Config = TypeVar("Config", bound=RLConfig | PretrainConfig | SftConfig)
 
@@ -40,12 +46,14 @@ class Prepared:
 
 def prepare(config: RLConfig) -> Prepared:
     """Load tokenizer and problems, check that they and the model go together. Raises ConfigError; starts nothing."""
-    try:
+    with said_in_a_line(config):
         check_run_folder(Path(config.run_dir), config.model.path)
         check_devices(config)
         sandbox, sandbox_reason = choose_sandbox(config.sandbox)
         tokenizer = load_policy_tokenizer(config.model)
-        check_estimator_family(config.method.estimator, type(check_policy(config.model, tokenizer)))
+        model = check_policy(config.model, tokenizer)
+        check_estimator_family(config.method.estimator, type(model))
+        check_context(config, model.config.max_position_embeddings)
         problems = problems_of(config.data)
         fitting = [p for p in problems if len(chat_ids(tokenizer, p)) <= config.data.max_prompt_tokens]
         if not fitting:
@@ -53,14 +61,10 @@ def prepare(config: RLConfig) -> Prepared:
                 f"data.max_prompt_tokens: {config.data.max_prompt_tokens} is less than every prompt of the data needs "
                 f"(the shortest has {min(len(chat_ids(tokenizer, p)) for p in problems)} tokens); raise it"
             )
+        sections = {"eval": config.eval.problems, "report": config.report and config.report.problems}
         held_out = [
-            [] if section is None else problems_of(section)
-            for section in (config.eval.problems, config.report.problems if config.report else None)
+            [] if section is None else problems_of(section, f"{name}.problems") for name, section in sections.items()
         ]
-    except SandboxUnavailableError as error:
-        raise ConfigError(f"sandbox: {error}") from error
-    except ValueError as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
     for problem in (p for split in held_out for p in split):
         if len(chat_ids(tokenizer, problem)) > config.data.max_prompt_tokens:
             raise ConfigError(
@@ -80,25 +84,79 @@ def prepare(config: RLConfig) -> Prepared:
     )
 
 
-def choose_sandbox(config: SandboxConfig) -> tuple[SandboxConfig, str]:
-    """The config with one backend for all reward workers, which can be used here; and why that one."""
+@contextmanager
+def said_in_a_line(config: BaseModel) -> Iterator[None]:
+    """ValueErrors, and errors about files that the config names, become ConfigErrors."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    except OSError as error:  # a name that is too long, a file that may not be read, a disk that is full
+        file = str(error.filename)
+        named = {name: v for name, v in fields_of(config.model_dump()) if isinstance(v, str) and v and v in file}
+        if not named:
+            raise
+        field = max(named, key=lambda name: len(named[name]))
+        raise ConfigError(f"{field}: {shown(named[field])} cannot be used ({error.strerror}); name another") from error
+
+
+def choose_sandbox(config: SandboxConfig, field: str = "sandbox") -> tuple[SandboxConfig, str]:
+    """The config with one backend for all reward workers, which can be used here; and why that one. `field`: the section,
+    as errors name it. Raises ConfigError."""
     reasons: list[str] = []
-    options = backend_options(config)
-    backend = choose_backend(options, reasons.append)
-    require_available(replace(options, backend=backend))
+    try:
+        options = backend_options(config)
+        backend = choose_backend(options, reasons.append)
+        require_available(replace(options, backend=backend))
+    except SandboxUnavailableError as error:  # begins with the option
+        raise ConfigError(f"{field}.{error}") from error
     return config.model_copy(update={"backend": backend}), "; ".join(reasons)
 
 
-def check_devices(config: RLConfig) -> None:
-    check_gpus("rollout, reference and learner", config.num_gpus, config.ray.address)
+def check_devices(config: AnyConfig) -> None:
+    check_shares(config)
+    check_gpus(config, num_gpus(config), config.ray.address)
 
 
-def check_gpus(who: str, needed: float, address: str | None) -> None:
+def num_gpus(config: AnyConfig) -> float:
+    if isinstance(config, RLConfig):
+        return config.num_gpus
+    return config.workers.num_workers * config.workers.gpus_per_worker
+
+
+def check_shares(config: BaseModel, prefix: str = "") -> None:
+    """Ray's own rules about CPUs and GPUs of an actor, which it would only state when it starts one."""
+    for field, value in fields_of(config.model_dump(), prefix):
+        name = field.rpartition(".")[2]
+        if name.startswith(("cpus", "gpus")) and value != 0:
+            if not MIN_SHARE <= value <= MAX_SHARE:
+                raise ConfigError(f"{field}: {value:g} must be 0, or at least {MIN_SHARE:g} and at most {MAX_SHARE:g}")
+            if name.startswith("gpus") and value > 1 and value != int(value):
+                raise ConfigError(f"{field}: {value:g} must be a whole number, or at most 1: parts are of one GPU")
+
+
+def check_gpus(config: BaseModel, needed: float, address: str | None, prefix: str = "") -> None:
     """A cluster that is not there yet may grow; this machine will not."""
     if needed > torch.cuda.device_count() and not (address or os.environ.get("RAY_ADDRESS")):
+        fields = {
+            field: value
+            for field, value in fields_of(config.model_dump(), prefix)
+            if field.rpartition(".")[2].startswith("gpus") and value
+        }
         raise ConfigError(
-            f"{who}: {needed:g} GPUs are asked for and this machine has {torch.cuda.device_count()}; join a cluster "
-            "(ray.address) or set the gpus keys to 0"
+            f"{', '.join(f'{field}: {value:g}' for field, value in fields.items())} ask for {needed:g} GPUs and this machine "
+            f"has {torch.cuda.device_count()}; join a cluster (ray.address) or set {' and '.join(fields)} to 0"
+        )
+
+
+def check_context(config: RLConfig, max_positions: int) -> None:
+    prompt, completion = config.data.max_prompt_tokens, config.sampling.completion_tokens
+    if prompt + completion > max_positions:
+        raise ConfigError(
+            f"data.max_prompt_tokens + sampling.completion_tokens: {prompt} + {completion} positions, more than the model's "
+            f"context of {max_positions}; lower one of them"
         )
 
 

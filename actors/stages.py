@@ -21,7 +21,7 @@ import ray.train
 import ray.train.torch
 from transformers import PreTrainedTokenizerFast
 
-from actors.prepare import absolute_model_path, check_gpus
+from actors.prepare import absolute_model_path, check_devices, said_in_a_line
 from actors.stage_worker import StageJob, run_stage
 from actors.system import connect
 from actors.telemetry import SupervisedTelemetry
@@ -123,17 +123,14 @@ class PreparedStage:
 
 def prepare_stage(config: PretrainConfig | SftConfig, folder: Path) -> PreparedStage:
     """Check everything, write the rows into `folder/data` unless the config names shards. Raises ConfigError."""
-    try:
+    with said_in_a_line(config):
         check_run_folder(Path(config.run_dir), config.model.path)
-        workers = config.workers
-        check_gpus("workers", workers.num_workers * workers.gpus_per_worker, config.ray.address)
+        check_devices(config)
         tokenizer = load_policy_tokenizer(config.model)
         model = check_policy(config.model, tokenizer)
         check_lengths(config, model.config.max_position_embeddings)
         shards = supervised_shards(config, tokenizer, folder / "data")
         manifest = open_shards(shards)
-    except ValueError as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
     if config.validation.rows >= manifest.num_rows:
         raise ConfigError(
             f"validation.rows: {config.validation.rows} must be less than the {manifest.num_rows} rows of the data"

@@ -5,13 +5,13 @@ ConfigError of one line.
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from diffrl.config import STAGES, AnyConfig, Stage
-from diffrl.errors import ConfigError, suggestion
+from diffrl.errors import ConfigError, shown, suggestion
 
 
 class _Loader(yaml.SafeLoader):
@@ -31,7 +31,11 @@ for _kind in (_Loader, _Dumper):
 
 
 def parse_value(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
+    """Raises YAMLError."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, LookupError, AttributeError, RecursionError) as error:  # PyYAML lets them out: 2026-99-99, 0b_
+        raise yaml.YAMLError(str(error)) from error
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
@@ -45,16 +49,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """A YAML file as it is. Raises ConfigError."""
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(
-            f"config: {path} does not exist; give the path of a YAML file, such as configs/quickstart.yaml"
-        )
     try:
+        if not path.is_file():
+            raise ConfigError(
+                f"config: {path} does not exist; give the path of a YAML file, such as configs/quickstart.yaml"
+            )
         raw = parse_value(path.read_text())
+    except OSError as error:  # a name that is too long, a file that may not be read
+        raise ConfigError(f"config: {path} cannot be read ({error.strerror}); give a file that can") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}); mend the file") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: {raw!r} is not a mapping; write `stage: rl` and further keys")
+        raise ConfigError(f"{path}: {shown(raw)} is not a mapping; write `stage: rl` and further keys")
     return raw
 
 
@@ -79,18 +85,26 @@ def validate(raw: Mapping[str, Any], origin: str) -> AnyConfig:
     if stage is None and "stages" in raw:
         raise ConfigError(f"{origin}: stages: this is a pipeline, not a stage; run it with `diffrl pipeline {origin}`")
     if not isinstance(stage, str) or stage not in STAGES:
-        raise ConfigError(f"{origin}: stage: {stage!r} must be one of {', '.join(get_args(Stage))}")
+        raise ConfigError(f"{origin}: stage: {shown(stage)} must be one of {', '.join(get_args(Stage))}")
     try:
         return STAGES[stage].model_validate(raw)
     except ValidationError as error:
         raise ConfigError(f"{origin}: {describe(error, STAGES[stage])}") from error
 
 
+WORDS = {  # for rules that pydantic states without a way out
+    "invalid_key": "must be a string, as every key; quote it",
+    "string_type": "must be a valid string; quote it",
+    "sequence_str": "must be a list, such as [a, b]",
+    "is_instance_of": "must be a list, such as [a, b]",
+}
+
+
 def describe(error: ValidationError, root: type[BaseModel]) -> str:
     """The first error of a validation, in one line: field, value, way out."""
     first = error.errors(include_url=False)[0]
-    loc = [str(part) for part in first["loc"]]
-    field = ".".join(loc)
+    loc = [str(part) for part in first["loc"] if part != "[key]"]
+    field = ".".join(part if part.isprintable() and 0 < len(part) <= 100 else shown(part) for part in loc)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         known = fields_at(root, loc[:-1])
@@ -102,19 +116,23 @@ def describe(error: ValidationError, root: type[BaseModel]) -> str:
         return f"{field}.{own}{more}" if field else f"{own}{more}"
     if first["type"] in ("model_type", "dict_type", "mapping_type"):
         known = fields_at(root, loc) or ["NAME"]
-        return f"{field}: {first['input']!r} must be a section; set its keys, such as {field}.{known[0]}=...{more}"
-    return f"{field}: {first['input']!r} {first['msg'].replace('Input should be', 'must be')}{more}"
+        return f"{field}: {shown(first['input'])} must be a section; set its keys, such as {field}.{known[0]}=...{more}"
+    rule = WORDS.get(first["type"]) or re.sub(r"^\w+ should", "must", first["msg"])
+    return f"{field}: {shown(first['input'])} {rule}{more}"
 
 
 def fields_at(root: type[BaseModel], loc: Sequence[str]) -> list[str]:
     """Names of the keys of the section at `loc`."""
-    model: Any = root
-    for part in loc:
-        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+    model: type[BaseModel] | None = root
+    parts = iter(loc)
+    for part in parts:
+        field = model.model_fields.get(part) if model is not None else None
         if field is None:
             return []
         options = [field.annotation, *get_args(field.annotation)]
         model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if get_origin(field.annotation) is Mapping and next(parts, None) is None:  # of sections, by their names
+            return []
     return list(model.model_fields) if model is not None else []
 
 

@@ -1,6 +1,7 @@
 """What is said to a user whose input cannot be used: one line that names the field, the value and the way out."""
 
 import difflib
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,12 +17,29 @@ class RunStoppedError(RuntimeError):
 def require(ok: bool, field: str, value: Any, way_out: str) -> None:
     """Cross-field check: `field: value must way_out`."""
     if not ok:
-        raise ValueError(f"{field}: {value!r} must {way_out}")
+        raise ValueError(f"{field}: {shown(value)} must {way_out}")
+
+
+def shown(value: Any) -> str:
+    """A value as it is repeated to the user: one line, and not a long one."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 4, 200, 200, 60
+    short.maxlist = short.maxtuple = short.maxdict = short.maxset = 20
+    try:
+        return short.repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return f"a {type(value).__name__} that is too large to print"
+
+
+def is_port(text: str) -> bool:
+    return text.isdecimal() and len(text) <= 5 and 0 < int(text) < 65_536
 
 
 def one_of(field: str, name: str, known: Mapping[str, Any]) -> None:
     if name not in known:
-        raise ValueError(f"{field}: {name!r} is unknown{suggestion(name, known)}; known: {', '.join(sorted(known))}")
+        raise ValueError(
+            f"{field}: {shown(name)} is unknown{suggestion(name, known)}; known: {', '.join(sorted(known))}"
+        )
 
 
 def suggestion(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:

@@ -39,6 +39,7 @@ PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200
 UTILISATION = 0.4  # of it, while training; well-tuned runs of 7B models reach 0.35 to 0.5
 SAMPLING_UTILISATION = 0.25  # while sampling
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's reduce_bucket_size
+DRAWN_ROWS, DRAWN_TOKENS = 64, 1024  # of a group, to see which views hide everything
 LIVE_ELEMENTS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 
 
@@ -162,9 +163,8 @@ def forward_flops(sizes: Sizes, length: int, *, rows: float = 1.0) -> float:
 def rows_per_group(config: RLConfig) -> int:
     """Distinct inputs of one scoring pass over a group: a view that hides everything is one for all siblings."""
     method = config.method
-    views = ESTIMATORS[method.estimator](
-        torch.Generator().manual_seed(0), method.group_size, config.sampling.completion_tokens, method.view_options()
-    )
+    rows, tokens = min(method.group_size, DRAWN_ROWS), min(config.sampling.completion_tokens, DRAWN_TOKENS)
+    views = ESTIMATORS[method.estimator](torch.Generator().manual_seed(0), rows, tokens, method.view_options())
     return sum(1 if bool(hidden_GC.all()) else method.group_size for hidden_GC in views.hidden_SBC)
 
 

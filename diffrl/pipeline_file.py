@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from diffrl.config import AnyConfig
 from diffrl.config.pipeline import PipelineConfig
 from diffrl.config_file import apply_override, describe, read_mapping, validate
-from diffrl.errors import ConfigError, suggestion
+from diffrl.errors import ConfigError, shown, suggestion
 
 ENTRY_KEYS = ("config", "overrides")
 
@@ -41,7 +41,10 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     before: str | None = None
     for name, entry in config.stages.items():
         file = path.parent / entry.config
-        own = merged(read_mapping(file), entry.overrides)
+        try:
+            own = merged(read_mapping(file), entry.overrides)
+        except ConfigError as error:
+            raise ConfigError(f"stages.{name}.config: {shown(entry.config)}: {error}") from error
         for key in ("run_dir", "model.path") if before is not None else ("run_dir",):
             if at(entry.overrides, key) is not None:
                 raise ConfigError(
@@ -78,7 +81,7 @@ def merged(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
     """`raw` with the keys of `overrides`, section by section; a key may reach into sections (optim.lr)."""
     result = dict(raw)
     for key, value in overrides.items():
-        first, _, rest = key.partition(".")
+        first, _, rest = key.partition(".") if isinstance(key, str) else (key, "", "")  # others are refused later
         if rest:
             first, value = first, {rest: value}
         old = result.get(first)

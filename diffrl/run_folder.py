@@ -107,6 +107,9 @@ def check_run_folder(path: Path, model_path: str | None = None) -> None:
         raise ConfigError(
             f"run_dir: {path} holds model.path {model_path} and would be moved aside; choose another run_dir"
         )
+    nearest = next(parent for parent in (path, *path.parents) if parent.exists())
+    if nearest != path and not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise ConfigError(f"run_dir: {path} cannot be made in {nearest}; choose another run_dir")
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not (path / "run.json").is_file():

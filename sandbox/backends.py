@@ -59,7 +59,7 @@ def choose_backend(options: BackendOptions, say: Callable[[str], None] = warn) -
     try:
         _require_docker(options)
     except SandboxUnavailableError as error:
-        say(f"docker is not used: {error}")
+        say(f"docker is not used: {str(error).partition(': ')[2]}")
         return "process"
     return "docker"
 
@@ -143,10 +143,10 @@ def _require_docker(options: BackendOptions) -> None:
 
 def _require_pod_options(options: BackendOptions) -> None:
     if not options.addresses:
-        raise SandboxUnavailableError("addresses: the pod backend needs at least one host:port")
+        raise SandboxUnavailableError("addresses: () must name at least one host:port of backend pod")
     if not options.token:
         raise SandboxUnavailableError(
-            f"token_file: the pod backend needs the pods' token, from such a file or from {TOKEN_VARIABLE}"
+            f"token_file: None must name a file with the pods' token, or set {TOKEN_VARIABLE}"
         )
 
 
@@ -158,5 +158,5 @@ def _module(name: str) -> Any:
         if error.name != "docker":
             raise
         raise SandboxUnavailableError(
-            "the Python package docker is missing: pip install 'diffrl[docker]', or set sandbox.backend: process"
+            f"backend: {name} needs the Python package docker: pip install 'diffrl[docker]', or set sandbox.backend: process"
         ) from None

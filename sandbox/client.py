@@ -86,7 +86,7 @@ class Connection:
             welcome = str(self._receive().get("welcome"))
             if not hmac.compare_digest(welcome.encode(), protocol.proof(token, challenge, "supervisor").encode()):
                 raise SandboxUnavailableError(
-                    "the sandbox and this client hold different tokens: give both the same secret"
+                    "token_file: the sandbox and this client hold different tokens: give both the same secret"
                     " (sandbox.token_file or DIFFRL_SANDBOX_TOKEN)"
                 )
         return int(hello["slots"])

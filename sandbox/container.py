@@ -40,14 +40,17 @@ def require_available(image: str, engine_url: str | None = None) -> None:
             labels = engine.images.get(image).labels
         except ImageNotFound:
             raise SandboxUnavailableError(
-                f"the container engine has no image {image}: run `diffrl sandbox build`, or name another one in"
+                f"image: the container engine has no image {image}: run `diffrl sandbox build`, or name another one in"
                 " sandbox.image"
             ) from None
         except (DockerException, OSError) as error:
-            raise SandboxUnavailableError(f"the container engine does not answer: {error}") from None
+            raise SandboxUnavailableError(
+                f"backend: the container engine of docker does not answer ({error}): start Docker, or set sandbox.backend:"
+                " process"
+            ) from None
     if labels.get(FINGERPRINT_LABEL) != judge_fingerprint():
         raise SandboxUnavailableError(
-            f"the image {image} holds another version of the judge than this one: run `diffrl sandbox build` again"
+            f"image: the image {image} holds another version of the judge than this one: run `diffrl sandbox build` again"
         )
 
 
@@ -275,7 +278,8 @@ def engine_of(engine_url: str | None) -> docker.DockerClient:
         return docker.from_env(timeout=int(_ENGINE_S))
     except (DockerException, OSError) as error:
         raise SandboxUnavailableError(
-            f"no container engine answers at {_url(engine_url)} ({error}): start Docker, or set sandbox.backend: process"
+            f"backend: no container engine answers at {_url(engine_url)} ({error}): start Docker, which backend docker needs, or"
+            " set sandbox.backend: process"
         ) from None
 
 

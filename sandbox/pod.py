@@ -34,7 +34,9 @@ def require_available(address: str, token: str) -> None:
     except SandboxUnavailableError:
         raise
     except SandboxError as error:
-        raise SandboxUnavailableError(f"no sandbox at {address}: {error}") from None
+        raise SandboxUnavailableError(
+            f"addresses: no sandbox at {address} ({error}): start one there, or give another host:port"
+        ) from None
 
 
 class PodSandbox:
@@ -118,7 +120,7 @@ def local_pod(image: str, engine_url: str | None = None, slots: int = 4) -> Iter
 def _connect(address: str, token: str) -> Connection:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise SandboxUnavailableError(f"sandbox.addresses: {address!r} is no address: give host:port")
+        raise SandboxUnavailableError(f"addresses: {address!r} is no address: give host:port")
     deadline = time.monotonic() + _CONNECT_S
     while True:
         try:

@@ -51,7 +51,7 @@ def require_available(allow_unisolated: bool = False) -> None:
     if allow_unisolated or (problem := _bubblewrap_problem()) is None:
         return
     raise SandboxUnavailableError(
-        f"programs cannot be isolated here ({problem}): run `apt-get install bubblewrap`, or set"
+        f"backend: process cannot isolate programs here ({problem}): run `apt-get install bubblewrap`, or set"
         " `sandbox.allow_unisolated: true` to run them as plain subprocesses with this user's rights"
     )
 

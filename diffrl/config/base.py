@@ -4,16 +4,30 @@ Unknown key = error with a suggestion; defaults = the published recipe (DiffuCod
 files where the paper is silent); a config file says only what differs.
 """
 
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from diffrl.errors import require
+from diffrl.errors import require, shown
+
+MAX_INT = 2**63 - 1  # of torch, Ray and Parquet
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_values(cls, raw: Any) -> Any:
+        """What neither torch nor a file system takes."""
+        for key, value in raw.items() if isinstance(raw, Mapping) else ():
+            name = key if isinstance(key, str) and key.isprintable() else shown(key)
+            require(not isinstance(value, int) or abs(value) <= MAX_INT, name, value, "have at most 64 bits")
+            for text in (key, value):
+                bad = isinstance(text, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text)
+                require(not bad, name, text, "hold no null and no surrogate characters")
+        return raw
 
 
 Positive = Annotated[int, Field(ge=1)]
@@ -23,13 +37,13 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class TinyModel(Section):
     """Sizes of the model that starts from random weights when `model.path` is not set."""
 
-    hidden_size: Positive = 160
-    intermediate_size: Positive = 480
-    num_layers: Positive = 3
+    hidden_size: Annotated[int, Field(ge=1, le=4096)] = 160
+    intermediate_size: Annotated[int, Field(ge=1, le=16_384)] = 480
+    num_layers: Annotated[int, Field(ge=1, le=64)] = 3
     num_heads: Positive = 4
     num_kv_heads: Positive = 2
-    vocab_size: Positive = 1024
-    max_length: Positive = 1024
+    vocab_size: Annotated[int, Field(ge=1, le=131_072)] = 1024
+    max_length: Annotated[int, Field(ge=1, le=131_072)] = 1024
 
     @model_validator(mode="after")
     def check(self):
@@ -38,6 +52,12 @@ class TinyModel(Section):
             "hidden_size",
             self.hidden_size,
             f"be a multiple of num_heads {self.num_heads}",
+        )
+        require(
+            self.hidden_size // self.num_heads % 2 == 0,
+            "num_heads",
+            self.num_heads,
+            f"give heads of an even size, which their positions need, not hidden_size {self.hidden_size} / num_heads",
         )
         require(
             self.num_heads % self.num_kv_heads == 0,
@@ -51,7 +71,7 @@ class TinyModel(Section):
 class LoraConfig(Section):
     """Low-rank adapters, trained instead of the weights: W + alpha / rank * B A (arXiv 2106.09685)."""
 
-    rank: Positive = 16
+    rank: Annotated[int, Field(ge=1, le=8192)] = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the adapters' input; 0 in RL
     # Linear layers of the blocks by the end of their name, such as q_proj or 0.mlp.up_proj; None: all of them.

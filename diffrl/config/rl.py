@@ -17,7 +17,7 @@ from diffrl.config.base import (
     Section,
 )
 from diffrl.coupled_grpo import ADVANTAGES
-from diffrl.errors import one_of, require
+from diffrl.errors import is_port, one_of, require
 from diffrl.estimators import ESTIMATORS, check_estimator
 from diffrl.objectives import OBJECTIVES
 from diffrl.rewards import REWARDS
@@ -86,8 +86,8 @@ class MethodConfig(Section):
     scale_by_std: bool = False
     drop_equal_groups: bool = False
     max_replacements: Annotated[int, Field(ge=0)] = 0  # per step: prompts drawn anew for groups with equal rewards
-    num_pairs: Positive = 1  # lambda of eq. 13
-    num_samples: Positive = 2  # of monte_carlo
+    num_pairs: Annotated[int, Field(ge=1, le=64)] = 1  # lambda of eq. 13
+    num_samples: Annotated[int, Field(ge=1, le=64)] = 2  # of monte_carlo
     t_min: Annotated[float, Field(gt=0, lt=1)] = 0.2
     t_max: Annotated[float, Field(gt=0, lt=1)] = 0.8
     t_distribution: str = "uniform"
@@ -256,7 +256,7 @@ class SandboxConfig(Section):
         require(not pod or bool(self.addresses), "addresses", self.addresses, "name a host:port with backend pod")
         for address in self.addresses:
             host, _, port = address.rpartition(":")
-            require(bool(host) and port.isdecimal(), "addresses", address, "be host:port")
+            require(bool(host) and is_port(port), "addresses", address, "be host:port")
         require(pod or not self.addresses, "backend", self.backend, "be pod when addresses are given")
         require(pod or self.token_file is None, "backend", self.backend, "be pod when token_file is given")
         require(docker or self.runtime is None, "backend", self.backend, "be docker when runtime is given")

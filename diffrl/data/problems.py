@@ -58,9 +58,9 @@ def load_problems(
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
     """(where the row stands, row) of a .jsonl, .jsonl.gz or .parquet file; blank lines are skipped."""
     if not path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
-        raise ValueError(f"path: {path} has an unknown ending: give a .jsonl, .jsonl.gz or .parquet file")
+        raise ValueError(f"{path} has an unknown ending: give a .jsonl, .jsonl.gz or .parquet file")
     if not path.is_file():
-        raise ValueError(f"path: no file at {path}: check the path")
+        raise ValueError(f"no file at {path}: check the path")
     return _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
 
 

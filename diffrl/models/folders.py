@@ -4,10 +4,12 @@ Safetensors only, never a pickle, never remote code.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,7 +29,9 @@ def family_of(hf_config: dict) -> type[PolicyModel]:
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
-    raise ValueError(f"model_type {model_type!r} is not supported; supported: Dream, DiffuCoder, Qwen2, LLaDA")
+    raise ValueError(
+        f"model_type {model_type!r} is not supported; supported: Dream, DiffuCoder, Qwen2, LLaDA; give a folder of one"
+    )
 
 
 def load_state_dict(path: Path, *, meta: bool = False) -> dict[str, Tensor]:
@@ -42,11 +46,41 @@ def load_state_dict(path: Path, *, meta: bool = False) -> dict[str, Tensor]:
         raise ValueError(f"a safetensors file cannot be read ({error}); download it again") from None
 
 
+def read_config(path: Path) -> dict:
+    """config.json. Raises ValueError for one that is damaged."""
+    try:
+        raw = json.loads((path / "config.json").read_text())
+        if not isinstance(raw, dict):
+            raise ValueError("not an object")
+    except ValueError as error:  # of JSON or UTF-8
+        raise ValueError(
+            f"model.path: {path}/config.json cannot be read ({' '.join(str(error).split())}); download it again"
+        ) from None
+    return raw
+
+
+@contextmanager
+def errors_of(path: Path) -> Iterator[None]:
+    """What is wrong with a model becomes a ValueError that names its folder."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"model.path: {path}: {error}") from None
+    except (TypeError, LookupError, ArithmeticError, RuntimeError, StrictDataclassError) as error:  # of transformers
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(
+            f"model.path: {path}: no model has such a config.json ({reason}); download it again"
+        ) from error
+
+
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a folder. Raises ValueError for a missing one."""
     index = path / "model.safetensors.index.json"
     if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index.name} cannot be read ({error}); download it again") from None
     elif (path / "model.safetensors").exists():
         files = ["model.safetensors"]
     else:
@@ -78,16 +112,14 @@ def load_model(
     path = Path(path)
     if not (path / "config.json").exists():
         raise ValueError(f"model.path: {path} holds no config.json; give a Hugging Face model folder")
-    raw = json.loads((path / "config.json").read_text())
+    raw = read_config(path)
     mask_id = mask_token_id if raw.get("mask_token_id") is None else raw["mask_token_id"]
-    if mask_id is None:
+    if not isinstance(mask_id, int):
         raise ValueError(
             f"model.path: {path}/config.json names no mask_token_id; add it, or use a tokenizer with a mask token"
         )
-    try:
-        model = build_model({**raw, "mask_token_id": int(mask_id)}, load_state_dict(path, meta=meta))
-    except ValueError as error:
-        raise ValueError(f"model.path: {path}: {error}") from None
+    with errors_of(path):
+        model = build_model({**raw, "mask_token_id": mask_id}, load_state_dict(path, meta=meta))
     return model.to(dtype) if dtype is not None else model
 
 
@@ -103,7 +135,10 @@ def build_model(hf_config: dict, state: Mapping[str, Tensor], *, num_tokens: int
     missing = [family.own_name(name) for name in expected if name not in stock]
     unexpected = [family.own_name(name) for name in stock if name not in expected]
     if missing or unexpected:
-        raise ValueError(f"the tensors do not fit config.json: missing {missing[:3]}, unexpected {unexpected[:3]}")
+        raise ValueError(
+            f"the tensors do not fit config.json: missing {missing[:3]}, unexpected {unexpected[:3]}; "
+            "take both from one checkpoint"
+        )
     for name, tensor in stock.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(

@@ -1,6 +1,5 @@
 """From a config's `model` section to a model and its tokenizer. Local files only, safetensors only, never remote code."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from diffrl.data.corpus import microcode_text, stdlib_text
 from diffrl.data.microcode import microcode_exercises
 from diffrl.data.sft import fenced
 from diffrl.models.base import PolicyModel
-from diffrl.models.folders import check_bidirectional, load_model
+from diffrl.models.folders import check_bidirectional, load_model, read_config
 from diffrl.models.llada import LladaModel
 from diffrl.models.lora import add_adapters
 from diffrl.models.tiny import load_tokenizer, tiny_model, train_tokenizer
@@ -27,12 +26,11 @@ def load_policy_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
         raise ValueError(f"model.path: {config.path} is not a folder; give a local Hugging Face folder or leave it out")
     try:
         tokenizer = load_tokenizer(config.path)
-    except (OSError, ValueError) as error:  # transformers answers in several lines, none of which names the folder
+    except (OSError, ValueError, TypeError, LookupError) as error:  # transformers' own, none of which names the folder
         raise ValueError(
             f"model.path: {config.path} holds no tokenizer that can be read; add its tokenizer.json"
         ) from error
-    file = Path(config.path) / "config.json"
-    raw = json.loads(file.read_text()) if file.exists() else {}
+    raw = read_config(Path(config.path)) if (Path(config.path) / "config.json").exists() else {}
     if tokenizer.mask_token_id is None and raw.get("model_type") in LladaModel.model_types:
         named = raw.get("mask_token_id")  # the released tokenizer does not say it
         if isinstance(named, int) and 0 <= named < len(tokenizer):
@@ -96,6 +94,7 @@ def load_folder(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, meta
     model = load_model(config.path, mask_token_id=mask_token_id, dtype=getattr(torch, config.dtype), meta=meta)
     if model.vocab_size < len(tokenizer):
         raise ValueError(
-            f"model.path: {config.path} has {model.vocab_size} embeddings for a tokenizer of {len(tokenizer)} tokens"
+            f"model.path: {config.path} has {model.vocab_size} embeddings for a tokenizer of {len(tokenizer)} tokens; "
+            "give it the tokenizer it was trained with"
         )
     return model

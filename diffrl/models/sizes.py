@@ -1,6 +1,5 @@
 """How large a model is, without its weights: from its config.json, or from its name where it is one that is known."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from diffrl.config import LoraConfig, ModelConfig
 from diffrl.errors import one_of
 from diffrl.models.base import PolicyModel
 from diffrl.models.dream import DreamModel
-from diffrl.models.folders import family_of
+from diffrl.models.folders import errors_of, family_of, read_config
 from diffrl.models.lora import target_layers
 
 QWEN_7B = {
@@ -74,11 +73,13 @@ def sizes_of(config: ModelConfig) -> Sizes | None:
     if config.known_as is not None:
         one_of("model.known_as", config.known_as, KNOWN_MODELS)
     name = config.known_as or Path(config.path).name
-    known = json.loads(file.read_text()) if file.is_file() else KNOWN_MODELS.get(name)
+    known = read_config(file.parent) if file.is_file() else KNOWN_MODELS.get(name)
     if known is None:
         return None
-    family = family_of(known)
-    return sizes(family.empty_backbone(family.stock_config({"mask_token_id": 0, **known})), family, config.lora)
+    with errors_of(file.parent):
+        family = family_of(known)
+        backbone = family.empty_backbone(family.stock_config({"mask_token_id": 0, **known}))
+    return sizes(backbone, family, config.lora)
 
 
 def sizes(backbone: Any, family: type[PolicyModel], lora: LoraConfig | None) -> Sizes:

@@ -73,9 +73,14 @@ class SamplingParams:
             raise ValueError(f"sampling.refresh_every: {self.refresh_every} needs sampling.cache: prefix or dual")
         rules = [name for name in REVEAL_RULES if getattr(self, name) is not None]
         if len(rules) > 1:
-            raise ValueError(f"sampling.{rules[1]}: set together with sampling.{rules[0]}; give one of them")
+            raise ValueError(
+                f"sampling.{rules[1]}: {getattr(self, rules[1])!r} set together with sampling.{rules[0]}; give one of them"
+            )
         if rules and self.algorithm == "origin":
-            raise ValueError(f"sampling.{rules[0]}: algorithm 'origin' reveals at random; use entropy")
+            raise ValueError(
+                f"sampling.{rules[0]}: {getattr(self, rules[0])!r} needs another algorithm than origin, which reveals at "
+                "random; use entropy"
+            )
 
     @property
     def rule(self) -> str | None:

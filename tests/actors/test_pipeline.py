@@ -236,7 +236,7 @@ def test_refusals(file: Path, tmp_path: Path):
     assert "evaluation.problems.path" in refused(overrides="evaluation.problems.path=/nowhere.jsonl")
     # A later stage's mistake is found before the first one runs.
     new = f"run_dir={tmp_path}/new"
-    assert "stages.tuned: data.path: /nowhere" in refused(overrides=f"{new} stages.tuned.data.path=/nowhere.jsonl")
+    assert "stages.tuned.data.path: /nowhere" in refused(overrides=f"{new} stages.tuned.data.path=/nowhere.jsonl")
     assert not (tmp_path / "new" / "text").exists()
     assert plan(pipeline)["rl"][0] == "skip"
 

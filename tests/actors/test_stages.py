@@ -402,7 +402,10 @@ def test_a_parent_of_another_architecture_is_refused(no_ray: None, make: Make, p
             {"data": {"completion_tokens": 2000}},
             r"data.completion_tokens: 2080 positions, more than the model's context of \d+; be at most \d+$",
         ),
-        ({"workers": {"gpus_per_worker": 1.0}}, r"^workers: 1 GPUs are asked for and this machine has 0"),
+        (
+            {"workers": {"gpus_per_worker": 1.0}},
+            r"^workers.gpus_per_worker: 1 ask for 1 GPUs and this machine has 0",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said_first(no_ray: None, make: Make, tmp_path: Path, sections: dict, message: str):

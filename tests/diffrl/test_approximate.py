@@ -226,8 +226,8 @@ def test_options_do_not_touch_an_exact_run():
         ({"refresh_every": 4}, "refresh_every: 4 needs sampling.cache"),
         ({"block_size": 0}, "block_size: 0 must be"),
         ({"confidence_threshold": 1.5}, r"confidence_threshold: 1.5 must be null or in \(0, 1\]"),
-        ({"confidence_threshold": 0.9, "tokens_per_step": 2}, "tokens_per_step: set together with"),
-        ({"entropy_budget": 0.1, "algorithm": "origin"}, "entropy_budget: algorithm 'origin'"),
+        ({"confidence_threshold": 0.9, "tokens_per_step": 2}, "tokens_per_step: 2 set together with"),
+        ({"entropy_budget": 0.1, "algorithm": "origin"}, "entropy_budget: 0.1 needs another algorithm than origin"),
     ],
 )
 def test_impossible_options(changes, message):

@@ -233,7 +233,7 @@ def test_a_bad_row_is_named(tmp_path, format, row, message):
         ("a.jsonl.gz", gzip.compress(json.dumps(OWN).encode() * 99)[:-9], "a.jsonl.gz after line 0: damaged gzip"),
         ("a.parquet", b"plain text", "a.parquet after row 0: damaged Parquet"),
         ("a.csv", b"", "a.csv has an unknown ending: give a .jsonl, .jsonl.gz or .parquet file"),
-        ("missing.jsonl", None, "path: no file at "),
+        ("missing.jsonl", None, "no file at "),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, name, content, message):
