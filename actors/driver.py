@@ -13,9 +13,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from actors.evaluate import Evaluator, PassRates
+from actors.groups import GroupBuffer, Pipeline, Request
 from actors.learner import Learner
-from actors.pool import GroupBuffer, Pipeline, Request
 from actors.prepare import Prepared, prepare
+from actors.processes import resident_mb
 from actors.system import System
 from actors.telemetry import Telemetry, pool_metrics, sampling_metrics
 from actors.weights import Weights, fetch, fetch_tensors
@@ -27,6 +28,7 @@ from diffrl.errors import RunStoppedError
 from diffrl.models.folders import save_folder
 from diffrl.models.lora import save_adapter
 from diffrl.models.tokens import special_id
+from diffrl.quarantine import Quarantine
 from diffrl.rollout_store import write_step
 from diffrl.run_folder import create_run_folder
 from diffrl.seeds import derive_seed
@@ -62,12 +64,16 @@ class Run:
         self.pad_token_id = special_id(prepared.tokenizer, "pad")
         self.pipeline = Pipeline(system.rollouts, system.judges, judge_attempts=self.config.sandbox.attempts)
         self.learner = learner
+        learner.join(system.watchdog)
         learner.start()
         system.wait_ready()
         self.weights = self.learner.publish(system.store, ())
         self.reference = self.weights
         self.buffer = GroupBuffer(self.config.train.prompts_per_step * (self.config.rollout.max_staleness + 1))
         self.prompts = prompt_stream(prepared.problems, self.config.seed)
+        self.quarantine = Quarantine(
+            folder, limit=self.config.supervision.max_quarantined, num_problems=len({p.id for p in prepared.problems})
+        )
         self.evaluator = Evaluator(system.rollouts, system.judges, self.config)
         self.params = self.config.sampling.params()  # of rollouts; without approximations from when the guard says so
         self.watched: list[dict[str, float]] = []  # the guard's metrics of each step
@@ -111,10 +117,15 @@ class Run:
         clock.mark("time/pull")
         restarts = {f"restarts/{name}": pool.num_restarts for name, pool in self.system.pools().items()}
         restarts["restarts/learner"] = self.learner.num_rebuilds
+        memory = {**self.system.check_memory(), "memory/learner_mb": self.learner.memory_mb()}
+        memory["memory/driver_mb"] = resident_mb(children=False)
         metrics = {**rollout_metrics(drawn.scored), "rollout/replaced_groups": float(len(drawn.replaced))}
         metrics["weights/bytes"] = self.weights.num_bytes
+        metrics["data/quarantined"] = float(self.quarantine.count(max(drawn.scoring)))
         metrics |= self.watch(step, drawn)
-        self.telemetry.step(step, {**metrics, **result.metrics}, {**clock.times, **restarts, **pools, **sampling})
+        self.telemetry.step(
+            step, {**metrics, **result.metrics}, {**clock.times, **restarts, **memory, **pools, **sampling}
+        )
         self.check_update(step, result)
 
     def rollouts(self) -> StepRollouts:
@@ -131,25 +142,46 @@ class Run:
         return replace(drawn, replaced=tuple(replaced))
 
     def sample(self, count: int) -> StepRollouts:
-        """The next `count` prompts' groups; the reference scores each as soon as it is sampled."""
+        """The next `count` prompts' groups; further prompts take the places of problems that break their workers."""
+        drawn = self.sample_round(count)
+        while missing := count - len(drawn.scored):
+            drawn = drawn.joined(self.sample_round(missing))
+        return drawn
+
+    def sample_round(self, count: int) -> StepRollouts:
+        """The groups of the next `count` prompts, but of those that are quarantined now; the reference scores each as soon
+        as it is sampled."""
         scoring: dict[int, ScoringBatch] = {}
         ref_logprobs: dict[int, torch.Tensor] = {}
 
         def on_sampled(group: RolloutGroup) -> None:
             scoring[group.ordinal] = self.score_reference(group)
 
+        given_up: list[int] = []
+
+        def on_given_up(request: Request, reason: str) -> None:
+            given_up.append(request.ordinal)
+            self.buffer.drop(request.ordinal)
+            self.telemetry.say(f"quarantine: {request.problem.id} (ordinal {request.ordinal}) left out: {reason}")
+            self.quarantine.add(request.problem.id, request.ordinal, reason)
+
         requests = []
         for _ in range(count):
-            ordinal, problem = next(self.prompts)
+            ordinal, problem = self.next_prompt()
             self.buffer.reserve(ordinal)
             requests.append(self.request(ordinal, problem))
         if not self.params.is_exact:
             chosen = guarded([request.seeds for request in requests], self.config.sampling.guard_share)
             requests = [replace(request, guarded=g) for request, g in zip(requests, chosen, strict=True)]
-        finished = self.pipeline.run(requests, on_sampled, self.system.reference, ref_logprobs.__setitem__)
+        finished = self.pipeline.run(requests, on_sampled, self.system.reference, ref_logprobs.__setitem__, on_given_up)
         for group in finished:
             self.buffer.commit(group)
-        return StepRollouts(scored=tuple(self.buffer.take(count)), scoring=scoring, ref_logprobs=ref_logprobs)
+        scored = tuple(self.buffer.take(count - len(given_up)))
+        return StepRollouts(scored=scored, scoring=scoring, ref_logprobs=ref_logprobs)
+
+    def next_prompt(self) -> tuple[int, Problem]:
+        """Ordinals of quarantined problems are passed over."""
+        return next((o, problem) for o, problem in self.prompts if not self.quarantine.holds(problem.id, o))
 
     def record(self, step: int, drawn: StepRollouts, batch: TrainBatch) -> None:
         """Write the step's rollouts; RunStoppedError when too many of them could not be judged to learn from the rest."""

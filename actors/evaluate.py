@@ -4,7 +4,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from actors.pool import Pipeline, Request, WorkerPool
+from actors.groups import Pipeline, Request
+from actors.pool import WorkerPool
 from actors.weights import Weights
 from diffrl.analysis import paired_bootstrap, pass_at_k
 from diffrl.config import RLConfig

@@ -125,7 +125,7 @@ def git_commit() -> str | None:
 
 class MetricsFile:
     """metrics.jsonl: a line per step and per evaluation, keys sorted. Equal seeds and configs give equal lines, apart
-    from `time/*`, `restarts/*` and `pool/*`."""
+    from `time/*`, `restarts/*`, `memory/*` and `pool/*`."""
 
     def __init__(self, run_folder: Path):
         self.path = run_folder / "metrics.jsonl"

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from diffrl.config.base import EngineConfig, Fraction, ModelConfig, Positive, ProblemsConfig, RayConfig, Section
+from diffrl.config.supervision import SupervisionConfig
 from diffrl.coupled_grpo import ADVANTAGES
 from diffrl.errors import one_of, require
 from diffrl.estimators import ESTIMATORS, check_estimator
@@ -281,6 +282,7 @@ class RLConfig(Section):
     eval: EvalConfig = EvalConfig()
     report: ReportConfig | None = None
     stop: StopConfig = StopConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
     ray: RayConfig = RayConfig()
 
     @property

@@ -10,8 +10,8 @@ import ray
 import torch
 
 from actors.driver import Run, train
+from actors.groups import Pipeline
 from actors.learner import Learner
-from actors.pool import Pipeline
 from actors.prepare import prepare
 from actors.system import System
 from actors.telemetry import SAMPLING_METRICS, Telemetry
@@ -25,7 +25,7 @@ from diffrl.saved_batch import load_batch
 from diffrl.types import RolloutGroup, ScoredGroup, ScoringBatch
 from tests.actors.conftest import rl_config
 
-VOLATILE = ("time/", "restarts/", "pool/", "weights/", *SAMPLING_METRICS)
+VOLATILE = ("time/", "restarts/", "memory/", "pool/", "weights/", *SAMPLING_METRICS)
 
 
 def metric_lines(run_dir: Path) -> list[str]:
