@@ -115,10 +115,10 @@ class Run:
         clock.mark("time/publish")
         self.follow(step)
         clock.mark("time/pull")
-        restarts = {f"restarts/{name}": pool.num_restarts for name, pool in self.system.pools().items()}
-        restarts["restarts/learner"] = self.learner.num_rebuilds
         memory = {**self.system.check_memory(), "memory/learner_mb": self.learner.memory_mb()}
         memory["memory/driver_mb"] = resident_mb(children=False)
+        restarts = {f"restarts/{name}": pool.num_restarts for name, pool in self.system.pools().items()}
+        restarts["restarts/learner"] = self.learner.num_rebuilds
         metrics = {**rollout_metrics(drawn.scored), "rollout/replaced_groups": float(len(drawn.replaced))}
         metrics["weights/bytes"] = self.weights.num_bytes
         metrics["data/quarantined"] = float(self.quarantine.count(max(drawn.scoring)))

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from actors.calls import WORKER_LOST, WorkersKeepDyingError
 from actors.learner_rank import LearnerRank
 from actors.pool import POLL_S, kill
-from actors.processes import account, in_actor, introduce, one_line, place_of, resident_mb
+from actors.processes import account, cause_of_death, in_actor, introduce, place_of, resident_mb
 from actors.watchdog import ActorState, Watchdog
 from actors.weights import Weights
 from diffrl.config import RLConfig
@@ -127,7 +127,7 @@ class Learner:
                 try:
                     ray.get(ref)
                 except WORKER_LOST as error:
-                    raise RankLostError(self.account(refs.index(ref), one_line(error))) from error
+                    raise RankLostError(self.account(refs.index(ref), cause_of_death(error))) from error
                 except Exception as error:  # of a collective, perhaps, because a peer died: whose death follows
                     failure = failure or (error, time.monotonic())
             if failure is not None and time.monotonic() - failure[1] > GRACE_S:

@@ -30,7 +30,7 @@ from actors.calls import (
     WorkerRaisedError,
     WorkersKeepDyingError,
 )
-from actors.processes import account, in_actor, introduce, one_line, place_of
+from actors.processes import account, cause_of_death, in_actor, introduce, one_line, place_of
 from actors.watchdog import ActorState, Watchdog
 from diffrl.config import SupervisionConfig
 
@@ -73,16 +73,13 @@ class WorkerPool:
         self.restart_at: dict[int, float] = {}  # slots without a worker
         self.outcomes: deque[Done | GivenUp] = deque()
         self.losses = 0  # in a row
+        self.num_restarts = 0  # those to come too
         self.restarted_at: list[float] = []
         self.slots = [self.start(slot, replaces=False) for slot in range(size)]
 
     @property
     def workers(self) -> list[Any]:
         return [worker.handle for worker in self.slots]
-
-    @property
-    def num_restarts(self) -> int:
-        return len(self.restarted_at)
 
     @property
     def busy(self) -> bool:
@@ -193,7 +190,7 @@ class WorkerPool:
                 raised = str(error).strip().rpartition("\n")[2]
                 raise WorkerRaisedError(self.account(worker, f"its constructor raised {one_line(raised)}")) from error
             # What a healthy worker raised for want of an object of a lost node is nobody's fault here.
-            self.lose(worker, one_line(error), error, blame=not isinstance(error, RayTaskError))
+            self.lose(worker, cause_of_death(error), error, blame=not isinstance(error, RayTaskError))
         except RayError as error:
             method = self.running[ref].call.method if ref in self.running else "its start"
             raised = error.cause if isinstance(error, RayTaskError) else error
@@ -227,6 +224,7 @@ class WorkerPool:
         self.losses += 1
         if self.losses > self.config.max_losses * len(self.slots):
             raise WorkersKeepDyingError(f"workers keep dying, the last one: {story}") from cause
+        self.num_restarts += 1
         rounds = 1 + (self.losses - 1) // len(self.slots)
         self.restart_at[worker.slot] = time.monotonic() + self.config.delay_s(rounds)
         could_run = runs[: self.concurrency] if blame and worker.ready else []
@@ -237,7 +235,8 @@ class WorkerPool:
             if run.forgotten:
                 continue
             if call.losses >= self.config.problem_attempts:
-                self.outcomes.append(GivenUp(call, one_line(story)))
+                told = story.splitlines()
+                self.outcomes.append(GivenUp(call, one_line(" ".join([told[0], *told[1:][-1:]]), 600)))
             else:
                 self.waiting.appendleft(call)
 
@@ -263,6 +262,7 @@ class WorkerPool:
             ray.wait([old.handle.close.remote()], timeout=CLOSE_S)
         self.starting = {ref: other for ref, other in self.starting.items() if other is not old}
         kill(old.handle)
+        self.num_restarts += 1
         self.slots[slot] = self.start(slot, replaces=True)
 
     def close(self) -> None:

@@ -107,6 +107,12 @@ def one_line(error: object, width: int = 400) -> str:
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
+def cause_of_death(error: Exception) -> str:
+    """What matters of Ray's words about a lost actor; where it was is known better from elsewhere."""
+    text = str(error)
+    return one_line(text.partition("The actor is dead because ")[2] or text, 200)
+
+
 # Stacks
 
 

@@ -135,6 +135,18 @@ def test_lost_workers_change_nothing(plain_run: Path, tuned_model, problems_file
     assert metric_lines(tmp_path / "lost") == metric_lines(plain_run)
 
 
+def test_workers_above_their_memory_limit_are_replaced_and_change_nothing(
+    plain_run: Path, tuned_model, problems_file, tmp_path
+):
+    limits = {"rollout": 1, "judge": 1, "reference": 1}  # MB: whatever they do
+    train(rl_config(tuned_model, problems_file, tmp_path / "small", supervision={"memory_mb": limits}))
+    assert metric_lines(tmp_path / "small") == metric_lines(plain_run)
+    rows = [json.loads(line) for line in (tmp_path / "small" / "metrics.jsonl").read_text().splitlines()]
+    for role in limits:
+        assert [row[f"restarts/{role}"] for row in rows] == [1, 2, 3]
+        assert all(row[f"memory/{role}_mb"] > 50 for row in rows)
+
+
 class Spoiled(Run):
     """Draws a view with an infinite weight in the third group of the second step and in all that follow."""
 
