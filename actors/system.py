@@ -100,12 +100,14 @@ class System:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        closing = [worker.close.remote() for worker in self.judges.workers]
-        ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S)  # what is left then ends with its worker
-        for pool in self.pools().values():
-            pool.close()
-        kill(self.store)
-        self.watchdog.__exit__()
+        try:
+            closing = [worker.close.remote() for worker in self.judges.workers]
+            ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S)  # what is left then ends with its worker
+            for pool in self.pools().values():
+                pool.close()
+            kill(self.store)
+        finally:
+            self.watchdog.__exit__()
         if self.owns_ray:
             ray.shutdown()
 
