@@ -47,8 +47,11 @@ class Place:
 
 def place_of(actor: Any) -> Place:
     """From the cluster's table of actors, which answers for dead and frozen ones too."""
-    row = global_state.actor_table(actor._actor_id.hex())
-    if not row:
+    try:
+        row = global_state.actor_table(actor._actor_id.hex())
+    except RayError as error:  # the table itself cannot be reached
+        return Place(state=f"UNKNOWN: {one_line(error)}")
+    if not row:  # it waits for a place
         return Place()
     return Place(
         class_name=row["ActorClassName"],
