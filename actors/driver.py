@@ -14,9 +14,10 @@ import ray
 import torch
 
 from actors.evaluate import Evaluator, PassRates, read_report
+from actors.groups import GroupBuffer, Pipeline, Request
 from actors.learner import Learner
-from actors.pool import GroupBuffer, Pipeline, Request
 from actors.prepare import Prepared, prepare
+from actors.processes import resident_mb
 from actors.run_start import REPORT_BEFORE, RunStart, begin, check_resume
 from actors.saving import export_adapter, export_policy, write_checkpoint
 from actors.system import System
@@ -29,6 +30,7 @@ from diffrl.data.sources import prompt_stream
 from diffrl.drift import beyond_limits, drift_metrics, guarded
 from diffrl.errors import RunStoppedError
 from diffrl.models.tokens import special_id
+from diffrl.quarantine import Quarantine
 from diffrl.rollout_store import write_step
 from diffrl.run_folder import read_run, require_newest, write_run
 from diffrl.seeds import derive_seed
@@ -73,6 +75,7 @@ class Run:
         self.pad_token_id = special_id(prepared.tokenizer, "pad")
         self.pipeline = Pipeline(system.rollouts, system.judges, judge_attempts=self.config.sandbox.attempts)
         self.learner = learner
+        learner.join(system.watchdog)
         learner.start()
         system.wait_ready()
         self.weights, self.reference = self.first_weights()
@@ -80,6 +83,11 @@ class Run:
         state = self.state = start.state  # when the last checkpoint was made
         self.next_ordinal = state.next_ordinal
         self.prompts = prompt_stream(prepared.problems, self.config.seed, self.next_ordinal)
+        self.quarantine = Quarantine(
+            self.folder,
+            limit=self.config.supervision.max_quarantined,
+            num_problems=len({p.id for p in prepared.problems}),
+        )
         self.evaluator = Evaluator(system.rollouts, system.judges, self.config)
         params = self.config.sampling.params()  # of rollouts; without approximations from when the guard says so
         self.params = params.exactly() if state.exact else params
@@ -147,12 +155,17 @@ class Run:
         self.follow(step)
         clock.mark("time/pull")
         synced = self.check_sync(step, drawn)
+        memory = {**self.system.check_memory(), "memory/learner_mb": self.learner.memory_mb()}
+        memory["memory/driver_mb"] = resident_mb(children=False)
         restarts = {f"restarts/{name}": pool.num_restarts for name, pool in self.system.pools().items()}
         restarts["restarts/learner"] = self.learner.num_rebuilds
         metrics = {**rollout_metrics(drawn.scored), "rollout/replaced_groups": float(len(drawn.replaced))}
         metrics["weights/bytes"] = self.weights.num_bytes
+        metrics["data/quarantined"] = float(self.quarantine.count(max(drawn.scoring)))
         metrics |= synced | self.watch(step, drawn)
-        self.telemetry.step(step, {**metrics, **result.metrics}, {**clock.times, **restarts, **pools, **sampling})
+        self.telemetry.step(
+            step, {**metrics, **result.metrics}, {**clock.times, **restarts, **memory, **pools, **sampling}
+        )
         self.check_update(step, result)
 
     def rollouts(self) -> StepRollouts:
@@ -169,26 +182,48 @@ class Run:
         return replace(drawn, replaced=tuple(replaced))
 
     def sample(self, count: int) -> StepRollouts:
-        """The next `count` prompts' groups; the reference scores each as soon as it is sampled."""
+        """The next `count` prompts' groups; further prompts take the places of problems that break their workers."""
+        drawn = self.sample_round(count)
+        while missing := count - len(drawn.scored):
+            drawn = drawn.joined(self.sample_round(missing))
+        return drawn
+
+    def sample_round(self, count: int) -> StepRollouts:
+        """The groups of the next `count` prompts, but of those that are quarantined now; the reference scores each as soon
+        as it is sampled."""
         scoring: dict[int, ScoringBatch] = {}
         ref_logprobs: dict[int, torch.Tensor] = {}
 
         def on_sampled(group: RolloutGroup) -> None:
             scoring[group.ordinal] = self.score_reference(group)
 
+        given_up: list[int] = []
+
+        def on_given_up(request: Request, reason: str) -> None:
+            given_up.append(request.ordinal)
+            self.buffer.drop(request.ordinal)
+            self.telemetry.say(f"quarantine: {request.problem.id} (ordinal {request.ordinal}) left out: {reason}")
+            self.quarantine.add(request.problem.id, request.ordinal, reason)
+
         requests = []
         for _ in range(count):
-            ordinal, problem = next(self.prompts)
-            self.next_ordinal = ordinal + 1
+            ordinal, problem = self.next_prompt()
             self.buffer.reserve(ordinal)
             requests.append(self.request(ordinal, problem))
         if not self.params.is_exact:
             chosen = guarded([request.seeds for request in requests], self.config.sampling.guard_share)
             requests = [replace(request, guarded=g) for request, g in zip(requests, chosen, strict=True)]
-        finished = self.pipeline.run(requests, on_sampled, self.system.reference, ref_logprobs.__setitem__)
+        finished = self.pipeline.run(requests, on_sampled, self.system.reference, ref_logprobs.__setitem__, on_given_up)
         for group in finished:
             self.buffer.commit(group)
-        return StepRollouts(scored=tuple(self.buffer.take(count)), scoring=scoring, ref_logprobs=ref_logprobs)
+        scored = tuple(self.buffer.take(count - len(given_up)))
+        return StepRollouts(scored=scored, scoring=scoring, ref_logprobs=ref_logprobs)
+
+    def next_prompt(self) -> tuple[int, Problem]:
+        """Ordinals of quarantined problems are passed over."""
+        ordinal, problem = next((o, p) for o, p in self.prompts if not self.quarantine.holds(p.id, o))
+        self.next_ordinal = ordinal + 1
+        return ordinal, problem
 
     def record(self, step: int, drawn: StepRollouts, batch: TrainBatch) -> None:
         """Write the step's rollouts; RunStoppedError when too many of them could not be judged to learn from the rest, and

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.pool import Pipeline, Request, WorkerPool
+from actors.groups import Pipeline, Request
+from actors.pool import WorkerPool
 from actors.weights import Weights
 from diffrl.analysis import paired_bootstrap, pass_at_k
 from diffrl.config import RLConfig

@@ -7,6 +7,7 @@ batches since. An update is a function of state and batch, so the result is that
 All nodes with a rank must see the folders of saves.
 """
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -16,8 +17,11 @@ import torch
 from ray.exceptions import RayTaskError
 from transformers import PreTrainedTokenizerFast
 
+from actors.calls import WORKER_LOST, WorkersKeepDyingError
 from actors.learner_rank import LearnerRank
-from actors.pool import WORKER_LOST, WorkersKeepDyingError, kill
+from actors.pool import POLL_S, kill
+from actors.processes import account, cause_of_death, in_actor, introduce, place_of, resident_mb
+from actors.watchdog import ActorState, Watchdog
 from actors.weights import Weights
 from diffrl.config import RLConfig
 from diffrl.errors import RunStoppedError
@@ -32,7 +36,7 @@ Result = TypeVar("Result")
 
 
 class RankLostError(RuntimeError):
-    """A rank of the group is gone; the message carries what Ray said."""
+    """A rank of the group is gone, or did not answer in time; the message says which, where, and what it logged last."""
 
 
 class Learner:
@@ -53,10 +57,18 @@ class Learner:
         self.since_save: list[ray.ObjectRef[TrainBatch]] = []
         self.num_rebuilds = 0
         self.rebuilds_in_a_row = 0
+        self.watchdog: Watchdog | None = None
+        self.doing: tuple[str, float] | None = None  # call under way, and since when
+
+    def join(self, watchdog: Watchdog) -> None:
+        """Be watched from now on."""
+        self.watchdog = watchdog
+        watchdog.watched.append(self.states)
 
     def start(self) -> None:
         """Build the engines; what a rank's constructor raised is raised here."""
-        address, port = self.call_one(self.ranks[0].rendezvous.remote())
+        address, port = self.answers("rendezvous", [self.ranks[0].rendezvous.remote()])[0]
+        self.answers("introduce", [in_actor(rank, introduce) for rank in self.ranks])
         self.call("start", address, port)
 
     def update(self, batch: "ray.ObjectRef[TrainBatch]") -> UpdateResult:
@@ -100,29 +112,57 @@ class Learner:
         return version
 
     def call(self, method: str, *args: Any) -> list[Any]:
-        """Call all ranks at once. Raises RankLostError when one is gone, and what a rank raised otherwise."""
-        refs = [getattr(rank, method).remote(*args) for rank in self.ranks]
+        """Call all ranks at once. Raises RankLostError when one is gone or late, and what a rank raised otherwise."""
+        return self.answers(method, [getattr(rank, method).remote(*args) for rank in self.ranks])
+
+    def answers(self, method: str, refs: "list[ray.ObjectRef]") -> list[Any]:
+        """Of the first ranks, which were asked for these."""
+        supervision = self.config.supervision
+        limit = supervision.start_s if method in ("rendezvous", "introduce", "start") else supervision.update_s
+        began = time.monotonic()
+        self.doing = (method, began)
         waiting = list(refs)
-        failure: Exception | None = None
+        failure: tuple[Exception, float] | None = None  # and when
         while waiting:
-            ready, waiting = ray.wait(waiting, num_returns=1, timeout=None if failure is None else GRACE_S)
-            if not ready:
+            if self.watchdog is not None:
+                self.watchdog.check()
+            ready, waiting = ray.wait(waiting, num_returns=1, timeout=POLL_S)
+            for ref in ready:
+                try:
+                    ray.get(ref)
+                except WORKER_LOST as error:
+                    raise RankLostError(self.account(refs.index(ref), cause_of_death(error))) from error
+                except Exception as error:  # of a collective, perhaps, because a peer died: whose death follows
+                    failure = failure or (error, time.monotonic())
+            if failure is not None and time.monotonic() - failure[1] > GRACE_S:
                 break
-            try:
-                self.call_one(ready[0])
-            except RankLostError:
-                raise
-            except Exception as error:  # a collective that failed, perhaps, because a peer died: whose death follows
-                failure = failure or error
+            if failure is None and waiting and time.monotonic() - began > limit:
+                late = f"{method} did not end within {limit:g} seconds"
+                raise RankLostError(self.account(refs.index(waiting[0]), late))
         if failure is not None:
-            raise failure
+            raise failure[0]
+        self.doing = None
+        if self.watchdog is not None:
+            self.watchdog.progress()
         return ray.get(refs)
 
-    def call_one(self, ref: "ray.ObjectRef") -> Any:
-        try:
-            return ray.get(ref)
-        except WORKER_LOST as error:
-            raise RankLostError(str(error)) from error
+    def account(self, rank: int, what: str) -> str:
+        return f"{what}; this was {account(f'rank {rank} of the learner', place_of(self.ranks[rank]))}"
+
+    def memory_mb(self) -> float:
+        """Of the largest rank."""
+        return max(self.surviving(lambda: self.call("__ray_call__", resident_mb)))
+
+    def states(self) -> list[ActorState]:
+        """For a report; another thread may ask."""
+        doing = self.doing
+        calls = (
+            () if doing is None else ({"method": doing[0], "ordinal": None, "seconds": time.monotonic() - doing[1]},)
+        )
+        return [
+            ActorState(role="learner", slot=number, place=place_of(rank), ready=True, calls=calls, waiting=0)
+            for number, rank in enumerate(self.ranks)
+        ]
 
     def surviving(self, work: Callable[[], Result]) -> Result:
         """Do it, again after a rebuild if a rank dies meanwhile."""
@@ -139,10 +179,11 @@ class Learner:
         """All ranks anew, in the state they had after the last update."""
         self.rebuilds_in_a_row += 1
         if self.rebuilds_in_a_row > MAX_REBUILDS:
-            raise WorkersKeepDyingError(f"ranks of the learner keep dying, the last one with: {error}") from error
+            raise WorkersKeepDyingError(f"ranks of the learner keep dying, the last one: {error}") from error
         self.num_rebuilds += 1
         for rank in self.ranks:
             kill(rank)
+        time.sleep(self.config.supervision.delay_s(self.rebuilds_in_a_row))
         self.ranks = [self.make_rank(rank) for rank in range(len(self.ranks))]
         self.start()
         if self.saved is not None:

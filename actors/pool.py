@@ -1,231 +1,333 @@
-"""Pools of interchangeable workers that may die, and the pipeline sample -> judge that runs on two of them.
+"""Pools of interchangeable workers that may die, freeze or hang.
 
-Work is a pure function of its arguments (seeds and weights travel in the call), so a call whose worker died is simply
-made again on another one. A sampled group goes on to the judge as an object reference, from node to node; the driver
-reads it too, to draw its views.
+Work is a pure function of its arguments (seeds and weights travel in the call), so a call whose worker was lost is simply
+made again on another one. Three kinds of failure are told apart:
+
+- ours: a worker died, froze, or did not answer within its deadline. It is replaced after a back-off, meanwhile the others
+  work on. Losses in a row without any result end the run (`max_losses`).
+- the problem's: a call that has cost a worker is a suspect and runs alone on the next one, so that what runs beside it is
+  not blamed. After `problem_attempts` losses it is given up; what becomes of its problem is the caller's business.
+- the code's: what a method of the worker raises is raised here at once, with the worker's name, place and last words.
 """
 
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from actors.weights import Weights
-from diffrl.sampler import SamplingParams
-from diffrl.types import Problem, RolloutGroup, ScoredGroup
+from actors.calls import (
+    DEADLINES,
+    WORKER_LOST,
+    Call,
+    Done,
+    GivenUp,
+    Running,
+    Worker,
+    WorkerRaisedError,
+    WorkersKeepDyingError,
+)
+from actors.processes import account, cause_of_death, in_actor, introduce, one_line, place_of
+from actors.watchdog import ActorState, Watchdog
+from diffrl.config import SupervisionConfig
 
-# How Ray says that a worker, or the node with its results, is gone.
-WORKER_LOST = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 # Per worker that does one thing at a time: one running, one waiting, so that a worker never idles between calls.
 MAX_IN_FLIGHT = 2
-MAX_DEATHS = 3  # of workers in a row without a single result, per worker of the pool
-
-
-class WorkersKeepDyingError(RuntimeError):
-    """Restarting does not help; the message carries the last death."""
+POLL_S = 1.0  # the longest wait without a look at deadlines
+CLOSE_S = 10.0  # a worker ends what it holds
 
 
 def kill(actor: Any) -> None:
-    """End an actor at once. Its class's type, which `ray.remote` gives to the handle, is not one that ray.kill admits."""
+    """End an actor at once, a frozen one within seconds. Its class's type, which `ray.remote` gives to the handle, is not
+    one that ray.kill admits."""
     ray.kill(actor)
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    key: int  # ordinal of the group it is about
-    method: str
-    args: tuple[Any, ...]
-    avoid: int | None = None  # slot of the worker that failed on it before
-
-
 class WorkerPool:
-    """Hands calls to workers and replaces those that die."""
+    """Hands calls to workers and replaces those that are lost. `next_outcome` is what moves it."""
 
-    def __init__(self, make_worker: Callable[[], Any], size: int, *, in_flight: int = MAX_IN_FLIGHT):
-        """`in_flight`: calls that a worker has at a time."""
+    def __init__(
+        self,
+        make_worker: Callable[[], Any],
+        size: int,
+        *,
+        role: str = "worker",
+        in_flight: int = MAX_IN_FLIGHT,
+        concurrency: int = 1,
+        config: SupervisionConfig | None = None,
+        watchdog: Watchdog | None = None,
+    ):
+        """`in_flight`: calls that a worker has at a time, of which it runs `concurrency`, in the order it got them."""
         self.make_worker = make_worker
+        self.role = role
         self.in_flight = in_flight
-        self.workers = [make_worker() for _ in range(size)]
+        self.concurrency = concurrency
+        self.config = config or SupervisionConfig()
+        self.watchdog = watchdog
         self.waiting: deque[Call] = deque()
-        self.running: dict[ray.ObjectRef, tuple[Call, int, Any]] = {}  # call, slot, worker
-        self.deaths = 0  # in a row
-        self.num_restarts = 0
+        self.running: dict[ray.ObjectRef, Running] = {}  # in the order in which they were handed out
+        self.starting: dict[ray.ObjectRef, Worker] = {}  # by the call that answers when the constructor is through
+        self.restart_at: dict[int, float] = {}  # slots without a worker
+        self.outcomes: deque[Done | GivenUp] = deque()
+        self.losses = 0  # in a row
+        self.num_restarts = 0  # those to come too
+        self.restarted_at: list[float] = []
+        self.slots = [self.start(slot, replaces=False) for slot in range(size)]
 
-    def wait_ready(self) -> None:
-        """Until every worker's constructor has run; what one of them raised is raised here."""
-        ray.get([worker.__ray_ready__.remote() for worker in self.workers])
+    @property
+    def workers(self) -> list[Any]:
+        return [worker.handle for worker in self.slots]
 
-    def submit(self, key: int, method: str, *args: Any, avoid: int | None = None) -> None:
+    @property
+    def busy(self) -> bool:
+        return bool(self.running or self.waiting or self.outcomes)
+
+    # Work
+
+    def submit(self, key: int | None, method: str, *args: Any, avoid: int | None = None) -> None:
         self.waiting.append(Call(key, method, args, avoid))
         self.dispatch()
 
-    def dispatch(self) -> None:
-        load = [0] * len(self.workers)
-        for _, slot, _ in self.running.values():
-            load[slot] += 1
-        for _ in range(len(self.waiting)):
-            call = self.waiting.popleft()
-            slots = [s for s in range(len(load)) if s != call.avoid or len(load) == 1]
-            slot = min(slots, key=lambda s: load[s])
-            if load[slot] >= self.in_flight:
-                self.waiting.append(call)
-                continue
-            ref = getattr(self.workers[slot], call.method).remote(*call.args)
-            self.running[ref] = (call, slot, self.workers[slot])
-            load[slot] += 1
+    def forget(self, key: int) -> None:
+        """No outcome of calls about this group any more."""
+        self.waiting = deque(call for call in self.waiting if call.key != key)
+        self.outcomes = deque(outcome for outcome in self.outcomes if outcome.call.key != key)
+        for run in self.running.values():
+            run.forgotten |= run.call.key == key
 
-    def finish(self, ref: ray.ObjectRef) -> tuple[Call, int, Any] | None:
-        """The call, slot and value of a ready reference; None when its worker died and the call was queued again."""
-        call, slot, worker = self.running.pop(ref)
+    def call(self, method: str, *args: Any) -> Any:
+        """One call on some worker, waited for; made again when that worker is lost. For when no other work is under way."""
+        assert not self.busy
+        self.submit(None, method, *args)
+        return self.finished()[0].value
+
+    def broadcast(self, method: str, *args: Any) -> list[Any]:
+        """Call every worker once, all at the same time. For when no other work is under way."""
+        assert not self.busy
+        self.waiting.extend(Call(None, method, args, only=slot) for slot in range(len(self.slots)))
+        return [done.value for done in sorted(self.finished(), key=lambda done: done.slot)]
+
+    def finished(self) -> list[Done]:
+        """What is under way, which must be about no group."""
+        done = []
+        while (found := next_outcome([self])) is not None:
+            assert isinstance(found[1], Done)
+            done.append(found[1])
+        return done
+
+    def dispatch(self) -> None:
+        """Hand out what can be, suspects first: each of them to a worker that has nothing else and gets nothing else."""
+        load = {slot: 0 for slot in range(len(self.slots)) if slot not in self.restart_at}
+        for run in self.running.values():
+            if not run.worker.lost:
+                load[run.worker.slot] += self.in_flight if run.call.losses else 1
+        calls = sorted(self.waiting, key=lambda call: call.losses == 0)
+        self.waiting.clear()
+        for call in calls:
+            slots = [s for s in load if s == call.only or (call.only is None and s != call.avoid)]
+            if not slots and call.avoid in load and len(self.slots) == 1:
+                slots = [call.avoid]
+            slot = min(slots, key=load.__getitem__, default=None)
+            if slot is None or load[slot] >= (1 if call.losses else self.in_flight):
+                self.waiting.append(call)
+                if slot is not None and call.losses:
+                    load[slot] = self.in_flight  # until it is idle
+                continue
+            load[slot] += self.in_flight if call.losses else 1
+            worker = self.slots[slot]
+            ref = getattr(worker.handle, call.method).remote(*call.args)
+            self.running[ref] = Running(call, worker)
+            self.begin(worker)
+
+    def begin(self, worker: Worker) -> None:
+        """Note the time for those calls of a worker that it can run by now."""
+        if worker.ready:
+            for run in [run for run in self.running.values() if run.worker is worker][: self.concurrency]:
+                run.since = run.since or time.monotonic()
+
+    # What comes of it
+
+    def tend(self) -> None:
+        """Do what is due: restarts, and losses of workers that are late."""
+        now = time.monotonic()
+        for slot in [slot for slot, at in self.restart_at.items() if at <= now]:
+            del self.restart_at[slot]
+            self.slots[slot] = self.start(slot, replaces=True)
+        for worker in list(self.starting.values()):
+            if now - worker.since > self.config.start_s:
+                self.lose(worker, f"its constructor was not through within supervision.start_s {self.config.start_s:g}")
+        for run in list(self.running.values()):
+            if not run.worker.lost and now > self.deadline(run):
+                key = DEADLINES.get(run.call.method, "generate_s")
+                self.lose(run.worker, f"{run.call.method} did not end within supervision.{key} {self.limit(run):g}")
+        self.dispatch()
+
+    def limit(self, run: Running) -> float:
+        return getattr(self.config, DEADLINES.get(run.call.method, "generate_s"))
+
+    def deadline(self, run: Running) -> float:
+        return float("inf") if run.since is None else run.since + self.limit(run)
+
+    def next_due(self) -> float:
+        """When there is something to tend to, however little happens."""
+        starts = [worker.since + self.config.start_s for worker in self.starting.values()]
+        return min(
+            [*self.restart_at.values(), *starts, *map(self.deadline, self.running.values())], default=float("inf")
+        )
+
+    def settle(self, ref: ray.ObjectRef) -> None:
+        """Take in what a reference that is ready has brought."""
+        if ref not in self.running and ref not in self.starting:
+            return  # the failure of another call of its worker has been seen meanwhile
+        worker = self.starting[ref] if ref in self.starting else self.running[ref].worker
         try:
             value = ray.get(ref)
         except WORKER_LOST as error:  # the one failure that is expected here
-            self.replace(slot, worker, error)
-            self.waiting.appendleft(call)
-            self.dispatch()
-            return None
-        self.deaths = 0
+            if isinstance(error, RayActorError) and error.actor_init_failed and not worker.replaces:
+                raised = str(error).strip().rpartition("\n")[2]
+                raise WorkerRaisedError(self.account(worker, f"its constructor raised {one_line(raised)}")) from error
+            # What a healthy worker raised for want of an object of a lost node is nobody's fault here.
+            self.lose(worker, cause_of_death(error), error, blame=not isinstance(error, RayTaskError))
+        except RayError as error:
+            method = self.running[ref].call.method if ref in self.running else "its start"
+            raised = error.cause if isinstance(error, RayTaskError) else error
+            what = f"{method} raised {type(raised).__name__}: {one_line(raised)}"
+            raise WorkerRaisedError(self.account(worker, what)) from error
+        else:
+            self.note_life(worker, ref, value)
         self.dispatch()
-        return call, slot, value
 
-    def replace(self, slot: int, dead: Any, error: Exception) -> None:
-        """A new worker in the place of a dead one, unless the failure of another of its calls has already brought it."""
-        if self.workers[slot] is not dead:
-            return
-        self.deaths += 1
-        if self.deaths > MAX_DEATHS * len(self.workers):
-            raise WorkersKeepDyingError(f"workers keep dying, the last one with: {error}") from error
-        kill(dead)
-        self.workers[slot] = self.make_worker()
+    def note_life(self, worker: Worker, ref: ray.ObjectRef, value: Any) -> None:
+        if self.watchdog is not None:
+            self.watchdog.progress()
+        if self.starting.pop(ref, None) is not None:
+            worker.ready, worker.place = True, place_of(worker.handle)
+        else:
+            run = self.running.pop(ref)
+            self.losses = 0
+            if not run.forgotten:
+                self.outcomes.append(Done(run.call, worker.slot, value, ref))
+        self.begin(worker)
+
+    def lose(self, worker: Worker, reason: str, cause: Exception | None = None, *, blame: bool = True) -> None:
+        """Give up a worker: its calls are queued again, those that were running as suspects, and a new one is started
+        after a while. Raises WorkersKeepDyingError when that has happened too often."""
+        worker.lost = True
+        self.starting = {ref: other for ref, other in self.starting.items() if other is not worker}
+        refs = [ref for ref, run in self.running.items() if run.worker is worker and not has_value(ref)]
+        runs = [self.running.pop(ref) for ref in refs]
+        story = self.account(worker, reason)  # before it is gone
+        kill(worker.handle)
+        self.losses += 1
+        if self.losses > self.config.max_losses * len(self.slots):
+            raise WorkersKeepDyingError(f"workers keep dying, the last one: {story}") from cause
         self.num_restarts += 1
+        rounds = 1 + (self.losses - 1) // len(self.slots)
+        self.restart_at[worker.slot] = time.monotonic() + self.config.delay_s(rounds)
+        could_run = runs[: self.concurrency] if blame and worker.ready else []
+        for run in reversed(runs):
+            call = run.call
+            if run in could_run and call.key is not None:
+                call = replace(call, losses=call.losses + 1)
+            if run.forgotten:
+                continue
+            if call.losses >= self.config.problem_attempts:
+                told = story.splitlines()
+                self.outcomes.append(GivenUp(call, one_line(" ".join([told[0], *told[1:][-1:]]), 600)))
+            else:
+                self.waiting.appendleft(call)
 
-    def call(self, method: str, *args: Any) -> Any:
-        """One call on some worker, waited for; made again when that worker dies. For when no other work is under way."""
-        assert not self.running and not self.waiting
-        self.submit(0, method, *args)
-        while True:
-            ready, _ = ray.wait(list(self.running), num_returns=1)
-            done = self.finish(ready[0])
-            if done is not None:
-                return done[2]
+    # Workers
+
+    def start(self, slot: int, *, replaces: bool) -> Worker:
+        worker = Worker(self.make_worker(), slot, time.monotonic(), replaces)
+        self.starting[in_actor(worker.handle, introduce)] = worker
+        if replaces:
+            self.restarted_at.append(worker.since)
+        return worker
+
+    def wait_ready(self) -> None:
+        """Until every worker's constructor has run; what one of them raised is raised here."""
+        while self.starting or self.restart_at:
+            wait_for([self])
+
+    def renew(self, slot: int) -> None:
+        """Replace a healthy worker that has no call."""
+        old = self.slots[slot]
+        assert slot not in self.restart_at and not any(run.worker is old for run in self.running.values())
+        if hasattr(old.handle, "close"):
+            ray.wait([old.handle.close.remote()], timeout=CLOSE_S)
+        self.starting = {ref: other for ref, other in self.starting.items() if other is not old}
+        kill(old.handle)
+        self.num_restarts += 1
+        self.slots[slot] = self.start(slot, replaces=True)
 
     def close(self) -> None:
-        for worker in self.workers:
-            kill(worker)
+        for worker in self.slots:
+            kill(worker.handle)
 
-    def broadcast(self, method: str, *args: Any) -> list[Any]:
-        """Call every worker once, all at the same time; a dead one is replaced and asked again."""
-        workers = list(self.workers)
-        refs = [getattr(worker, method).remote(*args) for worker in workers]
-        results: list[Any] = [None] * len(workers)
-        for slot in range(len(workers)):
-            while True:
-                try:
-                    results[slot] = ray.get(refs[slot])
-                    break
-                except WORKER_LOST as error:
-                    self.replace(slot, workers[slot], error)
-                    workers[slot] = self.workers[slot]
-                    refs[slot] = getattr(workers[slot], method).remote(*args)
-        return results
+    def account(self, worker: Worker, what: str) -> str:
+        place = worker.place or place_of(worker.handle)
+        return f"{what}; this was {account(f'{place.class_name} {worker.slot}', place)}"
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """One group to sample and judge. Request(ordinal=17, problem=Problem(...), seeds=(1, 2), params=..., weights=...)"""
-
-    ordinal: int
-    problem: Problem
-    seeds: tuple[int, ...]
-    params: SamplingParams
-    weights: Weights
-    guarded: tuple[int, ...] = ()  # indices of samples to take once more, exactly
-
-
-class Pipeline:
-    """Requests in, scored groups out, in whatever order they finish. Judging starts while later groups are sampled."""
-
-    def __init__(self, rollouts: WorkerPool, judges: WorkerPool, *, judge_attempts: int):
-        self.rollouts = rollouts
-        self.judges = judges
-        self.judge_attempts = judge_attempts
-
-    def run(
-        self,
-        requests: Iterable[Request],
-        on_sampled: Callable[[RolloutGroup], None] = lambda group: None,
-        also: WorkerPool | None = None,
-        on_also: Callable[[int, Any], None] = lambda key, value: None,
-    ) -> Iterator[ScoredGroup]:
-        """Sample and judge. `on_sampled` sees each group as soon as it exists, and may submit work about it to the
-        pool `also`, whose results have all gone to `on_also` when the iteration ends.
-        """
-        for request in requests:
-            self.rollouts.submit(
-                request.ordinal,
-                "generate",
-                request.problem,
-                request.ordinal,
-                request.seeds,
-                request.params,
-                request.weights,
-                request.guarded,
+    def states(self) -> list[ActorState]:
+        """For a report; another thread may ask."""
+        now = time.monotonic()
+        runs = list(self.running.values())
+        return [
+            ActorState(
+                role=self.role,
+                slot=worker.slot,
+                place=place_of(worker.handle),
+                ready=worker.ready and not worker.lost,
+                calls=tuple(
+                    {"method": run.call.method, "ordinal": run.call.key, "seconds": run.since and now - run.since}
+                    for run in runs
+                    if run.worker is worker
+                ),
+                waiting=len(self.waiting),
             )
-        groups: dict[int, tuple[RolloutGroup, ray.ObjectRef]] = {}
-        attempts: dict[int, int] = {}
-        pools = [self.rollouts, self.judges, *([also] if also else [])]
-        while any(pool.running or pool.waiting for pool in pools):
-            refs = [ref for pool in pools for ref in pool.running]
-            ready, _ = ray.wait(refs, num_returns=1)
-            pool = next(pool for pool in pools if ready[0] in pool.running)
-            done = pool.finish(ready[0])
-            if done is None:
-                continue
-            call, slot, value = done
-            if pool is self.rollouts:
-                groups[value.ordinal] = (value, ready[0])
-                self.judges.submit(value.ordinal, "score", ready[0], None)
-                on_sampled(value)
-            elif pool is self.judges:
-                ordinal = call.key
-                group, ref = groups[ordinal]
-                attempts[ordinal] = attempts.get(ordinal, 0) + 1
-                if all(j.valid for j in value) or attempts[ordinal] >= self.judge_attempts:
-                    del groups[ordinal]
-                    own = len(group.rollouts)
-                    yield ScoredGroup(group=group, judgements=value[:own], twin_judgements=value[own:])
-                else:
-                    self.judges.submit(ordinal, "score", ref, value, avoid=slot)
-            else:
-                on_also(call.key, value)
+            for worker in self.slots
+        ]
 
 
-class GroupBuffer:
-    """Whole groups between sampling and learning: reserve a slot per ordinal, commit what arrives in any order, take in
-    order of ordinals. What the learner sees therefore does not depend on who finished first.
-    """
+def has_value(ref: ray.ObjectRef) -> bool:
+    """Whether a reference is ready and its worker lived to answer, if only with an exception."""
+    if not ray.wait([ref], timeout=0)[0]:
+        return False
+    try:
+        ray.get(ref)
+    except WORKER_LOST:
+        return False
+    except RayError:
+        return True
+    return True
 
-    def __init__(self, capacity: int):
-        self.capacity = capacity
-        self.slots: dict[int, ScoredGroup | None] = {}
 
-    def reserve(self, ordinal: int) -> None:
-        assert len(self.slots) < self.capacity, "reserved more groups than the staleness bound allows"
-        assert ordinal not in self.slots
-        self.slots[ordinal] = None
+def wait_for(pools: Sequence[WorkerPool]) -> None:
+    """Until something has happened in one of the pools, or a moment has passed."""
+    for pool in pools:
+        if pool.watchdog is not None:
+            pool.watchdog.check()
+        pool.tend()
+    refs = {ref: pool for pool in pools for ref in (*pool.starting, *pool.running)}
+    due = min(pool.next_due() for pool in pools) - time.monotonic()
+    timeout = max(0.0, min(POLL_S, due))
+    if not refs:
+        time.sleep(timeout)
+        return
+    for ref in ray.wait(list(refs), num_returns=1, timeout=timeout)[0]:
+        refs[ref].settle(ref)
 
-    def commit(self, scored: ScoredGroup) -> None:
-        ordinal = scored.group.ordinal
-        assert self.slots[ordinal] is None, "a group is committed once"
-        self.slots[ordinal] = scored
 
-    def take(self, count: int) -> list[ScoredGroup]:
-        """The `count` lowest ordinals; all must have been committed."""
-        ordinals = sorted(self.slots)[:count]
-        taken = [self.slots.pop(o) for o in ordinals]
-        groups = [group for group in taken if group is not None]
-        assert len(groups) == count, "took a group that was never committed"
-        return groups
+def next_outcome(pools: Sequence[WorkerPool]) -> tuple[WorkerPool, Done | GivenUp] | None:
+    """What ended next in any of the pools; None when nothing is under way."""
+    while any(pool.busy for pool in pools):
+        for pool in pools:
+            if pool.outcomes:
+                return pool, pool.outcomes.popleft()
+        wait_for(pools)
+    return None

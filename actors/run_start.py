@@ -8,8 +8,9 @@ from diffrl.checkpoint import RunState, last_checkpoint
 from diffrl.config import RLConfig
 from diffrl.config_file import load_config
 from diffrl.errors import ConfigError
+from diffrl.quarantine import QUARANTINE
 from diffrl.resume import Difference, differences
-from diffrl.run_folder import Attempt, MetricsFile, claim_attempt, create_run_folder, unfinished_run
+from diffrl.run_folder import METRICS, Attempt, claim_attempt, create_run_folder, unfinished_run
 
 REPORT_BEFORE = "report_before.json"
 
@@ -72,8 +73,8 @@ def branch_differences(config: RLConfig, checkpoint: Path) -> list[Difference]:
 def begin(config: RLConfig, resume: str | None, **facts: dict[str, str]) -> RunStart | None:
     """Claim the run folder: no earlier start of the run may write any more. None when the run is finished.
 
-    A branch gets a folder of its own, with the lines of metrics.jsonl and the report before training of where it comes
-    from. Raises ConfigError.
+    A branch gets a folder of its own, with the lines of metrics.jsonl, the quarantine and the report before training of
+    where it comes from. Raises ConfigError.
     """
     checkpoint = check_resume(config, resume)
     said: tuple[str, ...] = ()
@@ -101,7 +102,6 @@ def begin(config: RLConfig, resume: str | None, **facts: dict[str, str]) -> RunS
 
 
 def copy_beginning(checkpoint: Path, folder: Path) -> None:
-    parent = checkpoint.parent.parent
-    shutil.copyfile(parent / MetricsFile(parent).path.name, folder / MetricsFile(folder).path.name)
-    if (parent / REPORT_BEFORE).exists():
-        shutil.copyfile(parent / REPORT_BEFORE, folder / REPORT_BEFORE)
+    for name in (METRICS, REPORT_BEFORE, QUARANTINE):
+        if (file := checkpoint.parent.parent / name).exists():
+            shutil.copyfile(file, folder / name)

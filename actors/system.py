@@ -4,29 +4,36 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ray
 from transformers import PreTrainedTokenizerFast
 
-from actors.pool import WorkerPool, kill
+from actors.pool import CLOSE_S, WorkerPool, kill
+from actors.processes import in_actor, introduce, place_of, resident_mb
 from actors.reference import Reference
 from actors.reward import RewardWorker
 from actors.rollout import RolloutWorker
+from actors.watchdog import ActorState, Watchdog
 from actors.weights import WeightStore
 from diffrl.config import RLConfig
 
 STORE_CPUS = 0.1
-CLOSE_S = 10.0  # for the sandboxes of all reward workers; what is left then ends with its worker
 
 
 class System:
-    """Rollout workers, reward workers, reference and weight store. The learner group is the driver's own: it has state."""
+    """Rollout workers, reward workers, reference and weight store, and the watchdog over all of the run. The learner group
+    is the driver's own: it has state."""
 
     def __init__(self, config: RLConfig, tokenizer: PreTrainedTokenizerFast):
         self.owns_ray = connect(config.ray.address, num_cpus_needed(config))
         self.store = ray.remote(WeightStore).options(num_cpus=STORE_CPUS, max_restarts=0).remote()
+        in_actor(self.store, introduce)
         rollout, judge, reference = config.rollout, config.judge, config.reference
+        self.limits_mb = config.supervision.memory_mb.model_dump()
+        self.watchdog = Watchdog(Path(config.run_dir).resolve(), config.supervision.stall_s)
+        watched = {"config": config.supervision, "watchdog": self.watchdog}
         self.rollouts = WorkerPool(
             spawner(
                 RolloutWorker,
@@ -43,11 +50,16 @@ class System:
                 compile=rollout.compile,
             ),
             rollout.num_workers,
+            role="rollout",
             in_flight=config.groups_in_flight,
+            concurrency=config.groups_in_flight,
+            **watched,
         )
         self.judges = WorkerPool(
             spawner(RewardWorker, {"num_cpus": judge.cpus_per_worker}, config.sandbox, dict(config.reward.weights)),
             judge.num_workers,
+            role="judge",
+            **watched,
         )
         self.reference = WorkerPool(
             spawner(
@@ -57,7 +69,10 @@ class System:
                 attend_padding=config.method.compat == "release",
             ),
             config.num_reference_workers,
+            role="reference",
+            **watched,
         )
+        self.watchdog.watched += [*(pool.states for pool in self.pools().values()), self.store_state]
 
     def pools(self) -> dict[str, WorkerPool]:
         return {"rollout": self.rollouts, "judge": self.judges, "reference": self.reference}
@@ -66,15 +81,33 @@ class System:
         for pool in self.pools().values():
             pool.wait_ready()
 
+    def store_state(self) -> list[ActorState]:
+        return [ActorState(role="store", slot=0, place=place_of(self.store), ready=True, calls=(), waiting=0)]
+
+    def check_memory(self) -> dict[str, float]:
+        """MB of the largest worker of each role, for a time when none has a call; those above their limit are replaced."""
+        metrics = {}
+        for name, pool in self.pools().items():
+            used = pool.broadcast("__ray_call__", resident_mb)
+            metrics[f"memory/{name}_mb"] = max(used, default=0.0)
+            for slot, mb in enumerate(used):
+                if mb > (self.limits_mb[name] or math.inf):
+                    pool.renew(slot)
+        return metrics
+
     def __enter__(self) -> "System":
+        self.watchdog.__enter__()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        closing = [worker.close.remote() for worker in self.judges.workers]
-        ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S)
-        for pool in self.pools().values():
-            pool.close()
-        kill(self.store)
+        try:
+            closing = [worker.close.remote() for worker in self.judges.workers]
+            ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S)  # what is left then ends with its worker
+            for pool in self.pools().values():
+                pool.close()
+            kill(self.store)
+        finally:
+            self.watchdog.__exit__()
         if self.owns_ray:
             ray.shutdown()
 

@@ -18,6 +18,7 @@ from diffrl.errors import ConfigError, RunStoppedError
 from diffrl.files import write_json
 from diffrl.resume import differences
 
+METRICS = "metrics.jsonl"
 SCHEMA_VERSION = 1  # of the folder; raised with every change that an older reader would misread
 
 
@@ -146,13 +147,13 @@ def git_commit() -> str | None:
 
 class MetricsFile:
     """metrics.jsonl: a line per step and per evaluation, keys sorted. Equal seeds and configs give equal lines, apart
-    from `time/*`, `restarts/*` and `pool/*`.
+    from `time/*`, `restarts/*`, `memory/*` and `pool/*`.
 
     Cutting it makes a new file of that name, so an earlier start of the run that has it open writes where nobody reads.
     """
 
     def __init__(self, run_folder: Path):
-        self.path = run_folder / "metrics.jsonl"
+        self.path = run_folder / METRICS
         self.file: TextIO | None = None
 
     def opened(self) -> TextIO:

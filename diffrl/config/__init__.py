@@ -1,6 +1,7 @@
 """One strict model per stage. Files are read by `diffrl.config_file.load_config`.
 
-base.py: what all stages share; supervised.py: pretrain, midtrain, sft; rl.py.
+base.py: what all stages share; supervised.py: pretrain, midtrain, sft; rl.py, and supervision.py: how its workers are
+watched.
 """
 
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from diffrl.config.supervised import (
     SupervisedOptim,
     TrainWorkers,
 )
+from diffrl.config.supervision import SupervisionConfig
 
 __all__ = [
     "STAGES",
@@ -40,6 +42,7 @@ __all__ = [
     "Stage",
     "SupervisedConfig",
     "SupervisedOptim",
+    "SupervisionConfig",
     "TinyModel",
     "TrainWorkers",
 ]

@@ -16,6 +16,7 @@ from diffrl.config.base import (
     RayConfig,
     Section,
 )
+from diffrl.config.supervision import SupervisionConfig
 from diffrl.coupled_grpo import ADVANTAGES
 from diffrl.errors import is_port, one_of, require
 from diffrl.estimators import ESTIMATORS, check_estimator
@@ -306,6 +307,7 @@ class RLConfig(Section):
     eval: EvalConfig = EvalConfig()
     report: ReportConfig | None = None
     stop: StopConfig = StopConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
     ray: RayConfig = RayConfig()
 
     @property

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,24 @@ def test_a_lost_rank_changes_nothing(ray_cluster, tuned_model, tmp_path, learner
     assert lost[0] == calm[0]
     assert_same(lost[1], calm[1])
     assert lost[2].saved == tmp_path / "lost" / "after-2" and not lost[2].since_save
+
+
+@pytest.mark.slow
+def test_a_frozen_rank_is_a_lost_one(ray_cluster, tuned_model, tmp_path):
+    def freeze(group: Learner, number: int) -> None:
+        if number == 1:
+            victim: Any = group.ranks[-1]
+            os.kill(ray.get(victim.__ray_call__.remote(lambda rank: os.getpid())), signal.SIGSTOP)
+
+    learner = STATE_CASES["two ranks, ZeRO 1"]
+    sections = {"learner": {"save_every": 1, **learner}, "supervision": {"update_s": 30.0}}
+    config = config_of(tuned_model, tmp_path / "frozen", **sections)
+    batches = batches_for(config, STEPS)
+    frozen = trained(config, batches, freeze)
+    calm = trained(config_of(tuned_model, tmp_path / "calm", learner=learner), batches)
+    assert frozen[2].num_rebuilds == 1
+    assert frozen[0] == calm[0]
+    assert_same(frozen[1], calm[1])
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ import ray
 import torch
 
 from actors.driver import Run, train
+from actors.groups import Pipeline
 from actors.learner import Learner
-from actors.pool import Pipeline
 from actors.prepare import prepare
 from actors.run_start import begin
 from actors.system import System
@@ -25,7 +25,7 @@ from diffrl.saved_batch import load_batch
 from diffrl.types import RolloutGroup, ScoredGroup, ScoringBatch
 from tests.actors.conftest import rl_config
 
-VOLATILE = ("time/", "restarts/", "pool/", "weights/", *SAMPLING_METRICS)
+VOLATILE = ("time/", "restarts/", "memory/", "pool/", "weights/", *SAMPLING_METRICS)
 
 
 def metric_lines(run_dir: Path) -> list[str]:
@@ -134,6 +134,18 @@ def test_lost_workers_change_nothing(plain_run: Path, tuned_model, problems_file
     restarts = {name: pool.num_restarts for name, pool in run.system.pools().items()}
     assert all(count >= 2 for count in restarts.values()), restarts
     assert metric_lines(tmp_path / "lost") == metric_lines(plain_run)
+
+
+def test_workers_above_their_memory_limit_are_replaced_and_change_nothing(
+    plain_run: Path, tuned_model, problems_file, tmp_path
+):
+    limits = {"rollout": 1, "judge": 1, "reference": 1}  # MB: whatever they do
+    train(rl_config(tuned_model, problems_file, tmp_path / "small", supervision={"memory_mb": limits}))
+    assert metric_lines(tmp_path / "small") == metric_lines(plain_run)
+    rows = [json.loads(line) for line in (tmp_path / "small" / "metrics.jsonl").read_text().splitlines()]
+    for role in limits:
+        assert [row[f"restarts/{role}"] for row in rows] == [1, 2, 3]
+        assert all(row[f"memory/{role}_mb"] > 50 for row in rows)
 
 
 class Spoiled(Run):

@@ -1,15 +1,18 @@
 """Pools and pipeline on real actors that fail in the ways the pools are made for."""
 
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
 import ray
 import torch
 
-from actors.pool import GroupBuffer, Pipeline, Request, WorkerPool, WorkersKeepDyingError
+from actors.groups import GroupBuffer, Pipeline, Request
+from actors.pool import Done, WorkerPool, WorkersKeepDyingError, next_outcome
 from actors.reward import NOT_JUDGED
 from actors.weights import Entry, Tensors, Weights, WeightStore, fetch, pack
+from diffrl.config import SupervisionConfig
 from diffrl.sampler import SamplingParams
 from diffrl.types import Judgement, Problem, Rollout, RolloutGroup, ScoredGroup
 
@@ -57,7 +60,7 @@ class Mortal:
         return value * value
 
 
-def pool_of(actor_class: type, arguments: list[tuple], size: int | None = None) -> WorkerPool:
+def pool_of(actor_class: type, arguments: list[tuple], size: int | None = None, **settings: Any) -> WorkerPool:
     """Workers with these constructor arguments in turn, the last ones for every further worker."""
     remaining = list(arguments)
     remote = ray.remote(actor_class).options(num_cpus=0.1)
@@ -65,7 +68,16 @@ def pool_of(actor_class: type, arguments: list[tuple], size: int | None = None) 
     def make():
         return remote.remote(*(remaining.pop(0) if len(remaining) > 1 else remaining[0]))
 
-    return WorkerPool(make, size or len(arguments))
+    return WorkerPool(make, size or len(arguments), config=SupervisionConfig(backoff_s=0.1, max_losses=3, **settings))
+
+
+def results_of(pool: WorkerPool) -> dict[int | None, Any]:
+    """By key, of all that is under way; nothing is given up."""
+    results = {}
+    while (found := next_outcome([pool])) is not None:
+        assert isinstance(found[1], Done), found[1]
+        results[found[1].call.key] = found[1].value
+    return results
 
 
 def requests(count: int) -> list[Request]:
@@ -101,14 +113,7 @@ def test_calls_of_dead_workers_are_made_again(ray_cluster):
     try:
         for value in range(6):
             pool.submit(value, "work", value)
-        results = {}
-        while pool.running or pool.waiting:
-            ready, _ = ray.wait(list(pool.running), num_returns=1)
-            done = pool.finish(ready[0])
-            if done is not None:
-                call, _, result = done
-                results[call.key] = result
-        assert results == {value: value * value for value in range(6)}
+        assert results_of(pool) == {value: value * value for value in range(6)}
         assert pool.num_restarts == 2
     finally:
         pool.close()
@@ -132,25 +137,18 @@ def test_a_worker_has_as_many_calls_at_a_time_as_it_may(ray_cluster):
         for value in range(12):
             pool.submit(value, "work", value)
             assert len(pool.running) == min(value + 1, 6)
-        done = set()
-        while pool.running:
-            ready, _ = ray.wait(list(pool.running), num_returns=1)
-            finished = pool.finish(ready[0])
-            assert finished is not None
-            done.add(finished[2])
-        assert done == set(range(12))
+        assert results_of(pool) == {value: value for value in range(12)}
     finally:
         pool.close()
 
 
 def test_workers_that_always_die_end_the_run(ray_cluster):
-    pool = pool_of(Mortal, [(True,)])
+    pool = pool_of(Mortal, [(True,)], problem_attempts=10)
     try:
         pool.submit(0, "work", 1)
         with pytest.raises(WorkersKeepDyingError, match="keep dying"):
-            while pool.running:
-                ready, _ = ray.wait(list(pool.running), num_returns=1)
-                pool.finish(ready[0])
+            results_of(pool)
+        assert pool.num_restarts == 3
     finally:
         pool.close()
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import ray
 
-from actors.pool import WORKER_LOST, Pipeline, Request, WorkerPool
+from actors.groups import Pipeline, Request
+from actors.pool import WORKER_LOST, WorkerPool
 from actors.reward import RewardWorker
 from actors.system import spawner
 from actors.weights import Tensors, Weights
