@@ -13,6 +13,7 @@ from actors.driver import Run, train
 from actors.groups import Pipeline
 from actors.learner import Learner
 from actors.prepare import prepare
+from actors.rollout import RolloutWorker
 from actors.run_start import begin
 from actors.system import System
 from actors.telemetry import SAMPLING_METRICS, Telemetry
@@ -175,6 +176,33 @@ def test_a_run_stops_when_too_many_steps_are_skipped(plain_run: Path, tuned_mode
     assert torch.isinf(kept.scoring.views[0].weight_SBC).any()
     model = load_state_dict(tmp_path / "bad" / "model")
     assert all(torch.isfinite(tensor).all() for tensor in model.values())
+
+
+class Deceived(Run):
+    """From the second step on a rollout worker does not have the weights that it says it has."""
+
+    def follow(self, step: int) -> None:
+        super().follow(step)
+        if step == 1:
+            ray.get(self.system.rollouts.workers[-1].__ray_call__.remote(spoil))
+
+
+def spoil(worker: RolloutWorker) -> None:
+    model = worker.holder._model
+    assert model is not None
+    with torch.no_grad():
+        model.backbone.model.norm.weight.mul_(1.05)
+
+
+def test_workers_that_sample_have_the_learners_weights(ray_cluster, tuned_model, problems_file, tmp_path):
+    config = rl_config(tuned_model, problems_file, tmp_path / "run", sync={"every": 1}, rollout={"num_workers": 2})
+    with pytest.raises(
+        RunStoppedError, match=r"^sync.max_logprob_absdiff: after step 2 .* the limit is 0.001; look at"
+    ) as caught:
+        run_with(Deceived, config)
+    assert "\n" not in str(caught.value)
+    (row,) = [json.loads(line) for line in metric_lines(tmp_path / "run")]
+    assert row["sync/logprob_absdiff_max"] < 1e-4
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
