@@ -1,12 +1,20 @@
 """A model that solves a few problems now and then: tuned in seconds, good enough for rewards to differ."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from actors.driver import Run
+from actors.learner import Learner
+from actors.prepare import prepare
+from actors.run_start import begin
 from actors.stages import train_supervised
+from actors.system import System
+from actors.telemetry import Telemetry
 from diffrl.config import RLConfig, SftConfig
 from diffrl.config_file import validate
 from diffrl.data.microcode import microcode_problems
@@ -99,3 +107,19 @@ def rl_config(model: Path, problems_file: Path, run_dir: Path, /, **sections: di
     config = validate(raw, "test")
     assert isinstance(config, RLConfig)
     return config
+
+
+@contextmanager
+def opened(
+    config: RLConfig, run_class: type[Run] = Run, prepare_system: Callable[[System], None] = lambda system: None
+) -> Iterator[Run]:
+    """A run as `actors.driver.train` makes it, of a class of the test's own or with other workers."""
+    prepared, start = prepare(config), begin(config, None)
+    assert start is not None
+    with (
+        System(prepared.config, prepared.tokenizer) as system,
+        Learner(prepared.config, prepared.tokenizer, prepared.num_steps) as learner,
+        Telemetry(start.folder, prepared.num_steps) as telemetry,
+    ):
+        prepare_system(system)
+        yield run_class(prepared, start, system, learner, telemetry)

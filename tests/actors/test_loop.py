@@ -11,12 +11,8 @@ import torch
 
 from actors.driver import Run, train
 from actors.groups import Pipeline
-from actors.learner import Learner
-from actors.prepare import prepare
 from actors.rollout import RolloutWorker
-from actors.run_start import begin
-from actors.system import System
-from actors.telemetry import SAMPLING_METRICS, Telemetry
+from actors.telemetry import SAMPLING_METRICS
 from diffrl.config import ModelConfig, RLConfig
 from diffrl.errors import RunStoppedError
 from diffrl.models.folders import load_model, load_state_dict, save_model
@@ -24,7 +20,7 @@ from diffrl.models.loading import load_policy_tokenizer
 from diffrl.rollout_store import read_all
 from diffrl.saved_batch import load_batch
 from diffrl.types import RolloutGroup, ScoredGroup, ScoringBatch
-from tests.actors.conftest import rl_config
+from tests.actors.conftest import opened, rl_config
 
 VOLATILE = ("time/", "restarts/", "memory/", "pool/", "weights/", *SAMPLING_METRICS)
 
@@ -116,15 +112,7 @@ class Interrupted(Run):
 
 
 def run_with(run_class: type[Run], config: RLConfig) -> Run:
-    prepared = prepare(config)
-    start = begin(config, None)
-    assert start is not None
-    with (
-        System(config, prepared.tokenizer) as system,
-        Learner(config, prepared.tokenizer, prepared.num_steps) as learner,
-        Telemetry(start.folder, prepared.num_steps) as telemetry,
-    ):
-        run = run_class(prepared, start, system, learner, telemetry)
+    with opened(config, run_class) as run:
         run.train()
         return run
 

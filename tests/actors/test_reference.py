@@ -8,18 +8,14 @@ import ray
 import torch
 
 from actors.driver import Run
-from actors.learner import Learner
 from actors.pool import WorkerPool
-from actors.prepare import prepare
 from actors.reference import Reference
-from actors.run_start import begin
-from actors.system import System, spawner
-from actors.telemetry import Telemetry
+from actors.system import spawner
 from actors.weights import Weights, WeightStore, fetch, fill_bucket, plan_buckets, stream
 from diffrl.config import RLConfig
 from diffrl.models.folders import load_model, state_dict_for_export
 from diffrl.scoring import completion_logprobs
-from tests.actors.conftest import rl_config
+from tests.actors.conftest import opened, rl_config
 from tests.actors.learner_case import config_of, end, random_batch
 from tests.actors.test_loop import metric_lines
 
@@ -76,15 +72,8 @@ def run_of(config: RLConfig) -> list[tuple[int, dict[str, torch.Tensor], dict[st
             super().follow(step)
             seen.append((self.reference.version, fetch(self.reference), fetch(self.weights)))
 
-    prepared = prepare(config)
-    start = begin(config, None)
-    assert start is not None
-    with (
-        System(config, prepared.tokenizer) as system,
-        Learner(config, prepared.tokenizer, prepared.num_steps) as learner,
-        Telemetry(start.folder, prepared.num_steps) as telemetry,
-    ):
-        Watched(prepared, start, system, learner, telemetry).train()
+    with opened(config, Watched) as run:
+        run.train()
     return seen
 
 

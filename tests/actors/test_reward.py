@@ -8,14 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.driver import Run
-from actors.learner import Learner
 from actors.pool import WorkerPool
-from actors.prepare import prepare
 from actors.reward import NOT_JUDGED, RewardWorker
-from actors.run_start import begin
 from actors.system import System, spawner
-from actors.telemetry import Telemetry, pool_metrics
+from actors.telemetry import pool_metrics
 from diffrl.config import RLConfig, SandboxConfig
 from diffrl.data.sft import fenced
 from diffrl.errors import RunStoppedError
@@ -25,7 +21,7 @@ from diffrl.types import Judgement, Problem, Rollout, RolloutGroup
 from sandbox.pool import PoolStats, SandboxPool
 from sandbox.process import ProcessSandbox
 from sandbox.types import SandboxError
-from tests.actors.conftest import rl_config
+from tests.actors.conftest import opened, rl_config
 
 WEIGHTS = {"pass_rate": 2.0, "format": 0.5}
 TESTS = ("assert f(2) == 4", "assert f(3) == 9")
@@ -171,19 +167,14 @@ class FailingWorker(RewardWorker):
 
 
 def run_failing(config: RLConfig, num_failed: int) -> Path:
-    prepared = prepare(config)
-    start = begin(config, None)
-    assert start is not None
-    with (
-        System(prepared.config, prepared.tokenizer) as system,
-        Learner(prepared.config, prepared.tokenizer, prepared.num_steps) as learner,
-        Telemetry(start.folder, prepared.num_steps) as telemetry,
-    ):
+    def break_judges(system: System) -> None:
         system.judges.close()
-        make = spawner(FailingWorker, {"num_cpus": 0.25}, num_failed, prepared.config.sandbox, WEIGHTS)
+        make = spawner(FailingWorker, {"num_cpus": 0.25}, num_failed, config.sandbox, WEIGHTS)
         system.judges = WorkerPool(make, 1)
-        Run(prepared, start, system, learner, telemetry).train()
-    return start.folder
+
+    with opened(config, prepare_system=break_judges) as run:
+        run.train()
+    return run.folder
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -13,21 +13,16 @@ import pytest
 import ray
 
 from actors.calls import WorkerRaisedError
-from actors.driver import Run
 from actors.groups import Pipeline, Request
-from actors.learner import Learner
 from actors.pool import Done, GivenUp, WorkerPool, WorkersKeepDyingError, next_outcome
-from actors.prepare import prepare
 from actors.processes import in_actor, resident_mb
 from actors.reward import RewardWorker
 from actors.system import System, spawner
-from actors.telemetry import Telemetry
 from actors.watchdog import Watchdog
 from diffrl.config import RLConfig, SupervisionConfig
 from diffrl.errors import RunStoppedError
 from diffrl.rollout_store import read_all
-from diffrl.run_folder import create_run_folder
-from tests.actors.conftest import rl_config
+from tests.actors.conftest import opened, rl_config
 from tests.actors.failing_workers import Late, NoStart, Reference, Square
 from tests.actors.test_pool import Judge, Sampler, pool_of, requests
 
@@ -274,19 +269,15 @@ class Poisoned(RewardWorker):
 
 
 def run_poisoned(config: RLConfig, victim: str) -> Path:
-    prepared = prepare(config)
-    folder = create_run_folder(config)
-    with (
-        System(prepared.config, prepared.tokenizer) as system,
-        Learner(prepared.config, prepared.tokenizer, prepared.num_steps) as learner,
-        Telemetry(folder, prepared.num_steps) as telemetry,
-    ):
+    def poison(system: System) -> None:
         system.judges.close()
         weights = dict(config.reward.weights)
-        make = spawner(Poisoned, {"num_cpus": 0.25}, victim, prepared.config.sandbox, weights)
+        make = spawner(Poisoned, {"num_cpus": 0.25}, victim, config.sandbox, weights)
         system.judges = WorkerPool(make, 1, config=config.supervision, watchdog=system.watchdog)
-        Run(prepared, folder, system, learner, telemetry).train()
-    return folder
+
+    with opened(config, prepare_system=poison) as run:
+        run.train()
+    return run.folder
 
 
 def test_a_problem_that_kills_its_workers_is_left_out(tuned_model, problems_file, problems, tmp_path, capfd):
