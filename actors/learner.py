@@ -97,10 +97,7 @@ class Learner:
     def save(self, folder: Path) -> None:
         """State of the group into a folder, from which a group that loses a rank is rebuilt from now on. Raises
         RunStoppedError when it cannot be written."""
-        try:
-            self.surviving(lambda: self.call("save", folder))
-        except RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, RunStoppedError) else error) from None
+        self.surviving(lambda: self.call("save", folder))
         self.saved = folder
         self.since_save.clear()
 
@@ -112,7 +109,8 @@ class Learner:
         return version
 
     def call(self, method: str, *args: Any) -> list[Any]:
-        """Call all ranks at once. Raises RankLostError when one is gone or late, and what a rank raised otherwise."""
+        """Call all ranks at once. Raises RankLostError when one is gone or late, and what a rank raised otherwise: a
+        RunStoppedError as it is, everything else as Ray wraps it."""
         return self.answers(method, [getattr(rank, method).remote(*args) for rank in self.ranks])
 
     def answers(self, method: str, refs: "list[ray.ObjectRef]") -> list[Any]:
@@ -140,7 +138,10 @@ class Learner:
                 late = f"{method} did not end within {limit:g} seconds"
                 raise RankLostError(self.account(refs.index(waiting[0]), late))
         if failure is not None:
-            raise failure[0]
+            error = failure[0]
+            if isinstance(error, RayTaskError) and isinstance(error.cause, RunStoppedError):
+                raise error.cause from None  # what to tell the user, in one line
+            raise error
         self.doing = None
         if self.watchdog is not None:
             self.watchdog.progress()

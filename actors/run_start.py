@@ -43,9 +43,16 @@ def check_resume(config: RLConfig, resume: str | None) -> Path | None:
         checkpoint = Path(resume)
     if checkpoint is not None:
         try:
-            RunState.read(checkpoint)
+            state = RunState.read(checkpoint)
         except ValueError as error:
             raise ConfigError(f"--resume: {error}") from None
+        metrics = checkpoint.parent.parent / METRICS
+        size = metrics.stat().st_size if metrics.exists() else 0
+        if size < state.metrics_bytes:
+            raise ConfigError(
+                f"--resume: {metrics} has {size} bytes, and had {state.metrics_bytes} when {checkpoint} was made; restore it, "
+                "or start from the checkpoint's model (model.path)"
+            )
     if resume not in ("auto", "last"):
         assert checkpoint is not None
         if checkpoint.resolve().is_relative_to(folder.resolve()):

@@ -96,18 +96,24 @@ def commit(part: Path, checkpoint: Path, note: Mapping[str, Any]) -> None:
     write_json(part / NOTE, note)
     for folder, _, files in os.walk(part):
         for path in (*(os.path.join(folder, name) for name in files), folder):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync(path)
     discard(checkpoint)  # of an earlier attempt at the same step
     part.rename(checkpoint)
+    sync(checkpoint.parent)
 
 
 def part_path(checkpoint: Path, attempt: int) -> Path:
     """Where a start of the run writes a checkpoint before it is committed."""
     return checkpoint.with_name(f".{checkpoint.name}.attempt-{attempt}")
+
+
+def sync(path: str | Path) -> None:
+    """A file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def discard(checkpoint: Path) -> None:

@@ -178,7 +178,10 @@ class MetricsFile:
         kept = self.path.read_bytes()[:size] if self.path.exists() else b""
         assert len(kept) == size, f"{self.path} has lost lines that were there before"
         part = self.path.with_name(f".{self.path.name}.part")
-        part.write_bytes(kept)
+        with part.open("wb") as file:
+            file.write(kept)
+            file.flush()
+            os.fsync(file.fileno())
         part.rename(self.path)
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -11,8 +12,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import ray
 
-from actors.driver import train
+from actors.driver import Run, train
 from actors.run_start import begin, check_resume
 from diffrl.checkpoint import (
     NOTE,
@@ -31,7 +33,7 @@ from diffrl.errors import ConfigError, RunStoppedError
 from diffrl.models.folders import load_state_dict
 from diffrl.rollout_store import read_all
 from diffrl.run_folder import MetricsFile, claim_attempt, read_run, require_newest
-from tests.actors.conftest import rl_config
+from tests.actors.conftest import opened, rl_config
 from tests.actors.mortal_driver import PLACES
 from tests.actors.test_loop import metric_lines
 from tests.conftest import RayCluster
@@ -166,6 +168,45 @@ def test_what_cannot_be_resumed(calm, tuned_model, problems_file, other_problems
     assert sorted(calm.rglob("*")) == before and not (tmp_path / "new").exists()
 
 
+def test_lines_of_metrics_that_are_lost_are_noticed(tuned_model, problems_file, other_problems, tmp_path):
+    config = config_of(tuned_model, problems_file, tmp_path / "run", other_problems)
+    start = begin(config, None)
+    assert start is not None
+    checkpoint = checkpoint_path(start.folder, 2)
+    part_path(checkpoint, 1).mkdir(parents=True)
+    commit(part_path(checkpoint, 1), checkpoint, RunState(step=2, metrics_bytes=100).note())
+    (start.folder / "metrics.jsonl").write_text("{}\n" * 30)
+    with pytest.raises(ConfigError, match=r"^--resume: .*/metrics.jsonl has 90 bytes, and had 100 when .* restore it"):
+        check_resume(config, "auto")
+    (start.folder / "metrics.jsonl").write_text("{}\n" * 40)
+    assert check_resume(config, "auto") == checkpoint
+
+
+class FullDisk(Run):
+    """No file of the learner may grow beyond 64 KB when the second checkpoint is written."""
+
+    def save(self, steps: int, *, ended: bool) -> None:
+        if steps == 4:
+            pid = ray.get(self.learner.ranks[0].__ray_call__.remote(lambda rank: os.getpid()))
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (64 << 10, resource.RLIM_INFINITY))
+        super().save(steps, ended=ended)
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
+    calm, tuned_model, problems_file, other_problems, tmp_path
+):
+    config = config_of(tuned_model, problems_file, tmp_path / "run", other_problems)
+    with (
+        pytest.raises(RunStoppedError, match=r"cannot be written \(rank 0: .*make room and go on") as caught,
+        opened(config, FullDisk) as run,
+    ):
+        run.train()
+    assert "\n" not in str(caught.value) and committed_steps(tmp_path / "run") == [2]
+    train(config, resume="auto")
+    assert_same(tmp_path / "run", calm)
+
+
 def test_what_does_not_touch_the_result_may_differ(calm, tuned_model, problems_file, other_problems):
     config = config_of(
         tuned_model, problems_file, calm, other_problems, rollout={"num_workers": 3}, checkpoint={"every": 5}
@@ -222,6 +263,33 @@ def test_prompts_go_on_from_any_ordinal(problems):
     for first in (0, 1, 5, 6, 13):
         later = prompt_stream(problems, 7, first)
         assert [next(later) for _ in range(20 - first)] == drawn[first:]
+
+
+KINDS_OF_RUNS: dict[str, dict] = {
+    "adapters, mixed reference": {
+        "model": {"lora": {"rank": 4, "publish": "adapter"}},
+        "method": {"reference_mix": 0.6, "reference_refresh_steps": 2},
+    },
+    "two ranks, ZeRO 3": {"learner": {"num_ranks": 2, "zero_stage": 3, "stage3_param_persistence_threshold": 0}},
+    "approximate sampling that falls back": {
+        "sampling": {"steps": 40, "tokens_per_step": 4, "guard_window": 2, "guard_min_agreement": 1.0}
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS_OF_RUNS)
+def test_every_kind_of_run_goes_on(ray_cluster, tuned_model, problems_file, other_problems, tmp_path, kind: str):
+    calm, run = (
+        config_of(tuned_model, problems_file, tmp_path / name, other_problems, **KINDS_OF_RUNS[kind])
+        for name in ("calm", "run")
+    )
+    train(calm)
+    killed(run, ray_cluster, "sampled", 3)
+    assert committed_steps(tmp_path / "run") == [2]
+    killed(run, ray_cluster, "saved", 3)
+    train(run, resume="auto")
+    assert_same(tmp_path / "run", tmp_path / "calm")
 
 
 @pytest.mark.slow
