@@ -125,6 +125,7 @@ def test_lost_workers_change_nothing(plain_run: Path, tuned_model, problems_file
     assert metric_lines(tmp_path / "lost") == metric_lines(plain_run)
 
 
+@pytest.mark.slow
 def test_workers_above_their_memory_limit_are_replaced_and_change_nothing(
     plain_run: Path, tuned_model, problems_file, tmp_path
 ):
@@ -193,7 +194,7 @@ def test_workers_that_sample_have_the_learners_weights(ray_cluster, tuned_model,
     assert row["sync/logprob_absdiff_max"] < 1e-4
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize("zero_stage", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_two_learner_ranks_compute_the_same(plain_run: Path, tuned_model, problems_file, tmp_path, zero_stage):
     learner = {"num_ranks": 2, "zero_stage": zero_stage}
     train(rl_config(tuned_model, problems_file, tmp_path / "ranks", learner=learner))
@@ -211,6 +212,7 @@ def test_two_learner_ranks_compute_the_same(plain_run: Path, tuned_model, proble
                 assert a[key] == pytest.approx(b[key], rel=1e-3), key
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing(plain_run: Path, tuned_model, problems_file, tmp_path):
     """One token count divides the whole step, so cutting it into micro-batches gives the same update."""
     train(rl_config(tuned_model, problems_file, tmp_path / "micro", learner={"max_tokens_per_micro_batch": 1}))
@@ -353,6 +355,7 @@ def test_the_guard_ends_approximations_that_go_wrong(
     assert min(rows[2]["reward/mean"], rows[3]["reward/mean"]) > max(rows[0]["reward/mean"], rows[1]["reward/mean"])
 
 
+@pytest.mark.slow
 def test_the_guard_lets_good_approximations_pass(ray_cluster, tuned_model, problems_file, tmp_path):
     """One token after the other, as the schedule has it but for its first and last step."""
     sampling = {"tokens_per_step": 1, "steps": 40, "temperature": 0.0, "guard_window": 1, "guard_min_agreement": 0.9}

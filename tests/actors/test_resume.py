@@ -131,6 +131,7 @@ def test_a_killed_driver_changes_nothing(
     assert not list(tmp_path.glob("run.*/"))  # nothing was moved aside
 
 
+@pytest.mark.slow
 def test_a_checkpoint_begins_a_branch(calm, tuned_model, problems_file, other_problems, tmp_path, capsys):
     """Another config changes what follows and not what was before, and says so."""
     checkpoint = checkpoint_path(calm, 4)

@@ -301,6 +301,7 @@ def max_of(table: list[dict[str, Any]], row: dict[str, Any]) -> int:
     return max(r["ordinal"] for r in table if r["step"] == row["step"])
 
 
+@pytest.mark.slow
 def test_too_many_such_problems_stop_the_run(tuned_model, problems_file, problems, tmp_path):
     supervision = {"problem_attempts": 1, "backoff_s": 0.1, "max_quarantined": 0}
     config = rl_config(tuned_model, problems_file, tmp_path / "run", supervision=supervision, train={"steps": 2})
