@@ -95,6 +95,7 @@ class OutOfOrder(Run):
         self.pipeline = Backwards(self.system.rollouts, self.system.judges, judge_attempts=1)
 
 
+@pytest.mark.slow
 def test_order_of_finishing_changes_nothing(plain_run: Path, tuned_model, problems_file, tmp_path):
     run_with(OutOfOrder, rl_config(tuned_model, problems_file, tmp_path / "order"))
     assert metric_lines(tmp_path / "order") == metric_lines(plain_run)
@@ -291,6 +292,7 @@ def test_evaluation_keeps_the_best_model_and_patience_ends_the_run(ray_cluster, 
     load_model(tmp_path / "eval" / "model")
 
 
+@pytest.mark.slow
 def test_shuffled_rewards_are_a_permutation_within_groups(ray_cluster, tuned_model, problems_file, tmp_path, plain_run):
     train(
         rl_config(tuned_model, problems_file, tmp_path / "s", train={"steps": 1}, reward={"shuffle_within_group": True})

@@ -204,7 +204,8 @@ def drawn_outcomes(model: StateTable, sampling: SamplingParams) -> tuple[Counter
 @pytest.mark.parametrize(
     ("algorithm", "setting"),
     [
-        (algorithm, setting)
+        # What is filtered, and drawn positions, hold all that three plain steps do.
+        pytest.param(algorithm, setting, marks=pytest.mark.slow if setting == "three steps" else [])
         for algorithm, setting in itertools.product(ALGORITHMS, SETTINGS)
         if algorithm != "origin" or "alg_temp" not in SETTINGS[setting]  # which plays no part in it
     ],
