@@ -168,10 +168,9 @@ def test_a_frozen_rank_is_a_lost_one(ray_cluster, tuned_model, tmp_path):
             os.kill(ray.get(victim.__ray_call__.remote(lambda rank: os.getpid())), signal.SIGSTOP)
 
     learner = STATE_CASES["two ranks, ZeRO 1"]
-    sections = {"learner": {"save_every": 1, **learner}, "supervision": {"update_s": 30.0}}
-    config = config_of(tuned_model, tmp_path / "frozen", **sections)
+    config = config_of(tuned_model, tmp_path / "frozen", learner=learner, supervision={"update_s": 30.0})
     batches = batches_for(config, STEPS)
-    frozen = trained(config, batches, freeze)
+    frozen = trained(config, batches, freeze, save_every=1)
     calm = trained(config_of(tuned_model, tmp_path / "calm", learner=learner), batches)
     assert frozen[2].num_rebuilds == 1
     assert frozen[0] == calm[0]
