@@ -21,6 +21,7 @@ from diffrl.config.supervised import SupervisedOptim
 from diffrl.data.shards import SupervisedRows
 from diffrl.diffusion import NoisedRows, draw_mask_ratios, forward_process, noised_rows
 from diffrl.models.base import PolicyModel
+from diffrl.muon import Muon
 from diffrl.seeds import derive_seed
 
 
@@ -143,10 +144,7 @@ def make_optimizers(model: PolicyModel, optim: SupervisedOptim) -> list[torch.op
             torch.optim.AdamW(rest, lr=optim.lr, betas=betas, weight_decay=optim.weight_decay, fused=True)
         )
     if optim.muon_lr is not None:
-        muon = torch.optim.Muon(
-            matrices, lr=optim.muon_lr, weight_decay=optim.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
-        optimizers.append(muon)
+        optimizers.append(Muon(matrices, lr=optim.muon_lr, weight_decay=optim.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
