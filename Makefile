@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv system engine quickstart quickstart-seeds bench-judge bench-learner bench-sampler bench-sampler-frontier bench-supervised test test-slow lint clean
+.PHONY: venv system engine quickstart quickstart-seeds bench-judge bench-learner bench-sampler bench-sampler-frontier bench-staleness bench-supervised study-staleness test test-slow lint clean
 
 venv: $(STAMP)
 
@@ -54,6 +54,12 @@ bench-sampler: venv
 
 bench-sampler-frontier: venv system  # after make quickstart
 	$(BIN)/python -m tests.benchmarks.sampler_frontier runs/quickstart/rl/model
+
+bench-staleness: venv system
+	$(BIN)/python -m tests.benchmarks.staleness
+
+study-staleness: venv system  # after make quickstart
+	$(BIN)/python -m tests.benchmarks.study_staleness
 
 bench-supervised: venv
 	$(BIN)/python -m tests.benchmarks.supervised

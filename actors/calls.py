@@ -44,7 +44,7 @@ class Call:
 class Done:
     call: Call
     slot: int
-    value: Any
+    value: Any  # of a generator, references to what it has yielded
     ref: ray.ObjectRef  # of the value
 
 
@@ -71,5 +71,6 @@ class Worker:
 class Running:
     call: Call
     worker: Worker
+    stream: ray.ObjectRefGenerator | None  # of a method that is a generator
     since: float | None = None  # when it could begin; None: it waits for the worker, or behind another call
     forgotten: bool = False  # nobody wants the result

@@ -1,6 +1,6 @@
-"""The `diffrl` command: train, pipeline, status, doctor, eval, generate, judge, data, sandbox, config. Bad input is one line on
-stderr and exit status 2; a run that had to stop, one line and status 1. Every command imports what it needs: the configs
-alone bring torch.
+"""The `diffrl` command: train, replay, pipeline, status, doctor, eval, generate, judge, data, sandbox, config. Bad input is
+one line on stderr and exit status 2; a run that had to stop, one line and status 1. Every command imports what it needs:
+the configs alone bring torch.
 """
 
 import sys
@@ -56,12 +56,25 @@ def train(
             "checkpoint's folder, from which a new run branches off"
         ),
     ] = None,
+    rollouts_only: Annotated[
+        bool, typer.Option("--rollouts-only", help="rl: sample, judge and write, with the weights of the start")
+    ] = False,
+    rollouts_from: Annotated[
+        str | None, typer.Option(help="rl: learn from the rollouts of this run instead of sampling")
+    ] = None,
 ) -> None:
     """Run one stage: pretrain, midtrain, sft or rl, whatever the config says."""
     from diffrl.config import RLConfig
     from diffrl.config_file import load_config
 
     resolved = load_config(config, overrides or [])
+    if rollouts_only or rollouts_from is not None:
+        if not isinstance(resolved, RLConfig) or dry_run or resume or (rollouts_only and rollouts_from is not None):
+            raise ConfigError("--rollouts-only, --rollouts-from: one of them alone, with a config of stage rl")
+        from actors.debug import learn_from, sample
+
+        sample(resolved) if rollouts_from is None else learn_from(resolved, Path(rollouts_from))
+        return
     if dry_run:
         from actors.dry_run import dry_run as check
 
@@ -75,6 +88,17 @@ def train(
         from actors.stages import train_supervised
 
         train_supervised(resolved, resume=resume)
+
+
+@app.command()
+def replay(
+    batch: Annotated[str, typer.Argument(help="RUN/batches/step-000012, of a run with learner.keep_batches")],
+) -> None:
+    """Compute one step of a run's learning again and compare the losses; exit status 1 when they differ."""
+    from actors.debug import replay as replay_batch
+
+    if not replay_batch(Path(batch)):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -1,18 +1,20 @@
 """The RL loop: sample, judge, score, learn, publish. `Run.step` reads like the algorithm box of the paper.
 
-The loop takes whole groups from a buffer in order of ordinals, so its result does not depend on how many workers there
-are or who finishes first. `prepare` checks everything a user can get wrong before the first actor starts.
+What a step learns from is the collector's business (collector.py), which lets rollouts run ahead of the updates when the
+config says so. `prepare` checks everything a user can get wrong before the first actor starts.
 
 Every `checkpoint.every` steps all that the next step depends on is saved (diffrl/checkpoint.py); a run that goes on from
 there has the numbers of one that nothing happened to.
 """
 
 import time
+from dataclasses import replace
 
 import ray
 import torch
 
 from actors.collector import Collector
+from actors.disk import size_mb, wait_for_room
 from actors.evaluate import Evaluator, PassRates, read_report
 from actors.learner import Learner
 from actors.prepare import Prepared, prepare
@@ -21,18 +23,27 @@ from actors.run_start import REPORT_BEFORE, RunStart, begin, check_resume
 from actors.saving import export_adapter, export_policy, write_checkpoint
 from actors.system import System
 from actors.telemetry import Telemetry, pool_metrics, sampling_metrics
-from actors.weights import Weights, publish_folder
+from actors.weights import Weights, put_folder, received
 from diffrl.batches import StepRollouts, rollout_metrics, train_batch
 from diffrl.checkpoint import RunState
 from diffrl.config import RLConfig
 from diffrl.errors import RunStoppedError
 from diffrl.rollout_store import write_step
 from diffrl.run_folder import read_run, require_newest, write_run
+from diffrl.saved_batch import save_batch
 from diffrl.types import TrainBatch, UpdateResult
 
 
-def train(config: RLConfig, *, dry_run: bool = False, resume: str | None = None) -> None:
-    """One whole RL run. `resume`: "auto", "last" or a checkpoint's folder, see run_start.py."""
+def train(
+    config: RLConfig,
+    *,
+    dry_run: bool = False,
+    resume: str | None = None,
+    run_class: "type[Run] | None" = None,
+    samples: bool = True,
+) -> None:
+    """One whole RL run. `resume`: "auto", "last" or a checkpoint's folder, see run_start.py. `samples`: with workers that
+    sample and judge."""
     started = time.perf_counter()
     prepared = prepare(config)
     if dry_run:
@@ -45,11 +56,11 @@ def train(config: RLConfig, *, dry_run: bool = False, resume: str | None = None)
         print(f"rl: {config.run_dir} is finished; nothing was started")
         return
     with (
-        System(prepared.config, prepared.tokenizer) as system,
+        System(prepared.config, prepared.tokenizer, samples=samples) as system,
         Learner(prepared.config, prepared.tokenizer, prepared.num_steps) as learner,
         Telemetry(start.folder, prepared.num_steps) as telemetry,
     ):
-        summary = Run(prepared, start, system, learner, telemetry).train()
+        summary = (run_class or Run)(prepared, start, system, learner, telemetry).train()
     seconds = round(time.perf_counter() - started, 1)
     write_run(start.folder, read_run(start.folder) | {"finished": seconds})
     if summary is not None:
@@ -57,11 +68,12 @@ def train(config: RLConfig, *, dry_run: bool = False, resume: str | None = None)
 
 
 class Run(Collector):
-    """State of a run between two steps: the published weights, the reference, the buffer, the place in the prompts."""
+    """State of a run between two steps: the published weights, the reference, the groups on their way."""
 
     def __init__(self, prepared: Prepared, start: RunStart, system: System, learner: Learner, telemetry: Telemetry):
         super().__init__(prepared, start, system, telemetry)
         self.learner = learner
+        learner.wait = self.advance
         learner.join(system.watchdog)
         learner.start()
         system.wait_ready()
@@ -85,23 +97,20 @@ class Run(Collector):
 
     def first_weights(self) -> tuple[Weights, Weights]:
         """The policy that the run begins with, published, and the reference."""
-        start, store = self.start, self.system.store
-        if start.checkpoint is None:
-            weights = self.learner.publish(store, ())
+        checkpoint = self.start.checkpoint
+        if checkpoint is not None:
+            self.learner.load((checkpoint / "learner").resolve())
+        weights = self.learner.publish()
+        if checkpoint is None or not (checkpoint / "reference").exists():
             return weights, weights
-        self.learner.load((start.checkpoint / "learner").resolve())
-        reference = start.checkpoint / "reference"
-        if not reference.exists():
-            weights = self.learner.publish(store, ())
-            return weights, weights
-        num_tokens = len(self.prepared.tokenizer)
-        ref = publish_folder(store, reference, start.state.reference_version, num_tokens)
-        return self.learner.publish(store, (ref.version,)), ref
+        version, num_tokens = self.start.state.reference_version, len(self.prepared.tokenizer)
+        return weights, put_folder(checkpoint / "reference", version, num_tokens)
 
     def train(self) -> str | None:
         """All steps that are left, with the evaluations and reports that the config asks for; the report in one line."""
         before = self.report_before()
         for step in range(self.state.step, 0 if self.state.ended else self.prepared.num_steps):
+            self.ask_ahead(step)
             self.step(step)
             ended = self.evaluate(step) or step + 1 == self.prepared.num_steps
             if ended or (step + 1) % self.config.checkpoint.every == 0:
@@ -115,39 +124,42 @@ class Run(Collector):
     def step(self, step: int) -> None:
         """One iteration of the algorithm box: sample, judge and score, learn, publish."""
         clock = Clock()
-        before, sampled_before = self.system.judges.broadcast("stats"), self.system.rollouts.broadcast("stats")
-        drawn = self.rollouts()
+        judges, rollouts = self.system.judges, self.system.rollouts
+        before = judges.inquire("stats"), rollouts.inquire("stats")
+        drawn = self.rollouts(step)
         clock.mark("time/rollouts")
-        pools = pool_metrics(before, self.system.judges.broadcast("stats"), clock.times["time/rollouts"])
-        num_tokens = sum(r.num_tokens for s in (*drawn.scored, *drawn.replaced) for r in s.group.rollouts)
-        sampling = sampling_metrics(sampled_before, self.system.rollouts.broadcast("stats"), num_tokens)
         batch = train_batch(drawn.scored, drawn.scoring, drawn.ref_logprobs, self.config)
         self.record(step, drawn, batch)
+        self.keep_batch(step, batch)
         clock.mark("time/record")
         result = self.learner.update(ray.put(batch))
         clock.mark("time/learner")
-        self.publish(result.version)
+        self.weights = self.learner.publish()
         clock.mark("time/publish")
         self.follow(step)
         clock.mark("time/pull")
         synced = self.check_sync(step, drawn)
+        num_tokens = sum(r.num_tokens for s in (*drawn.scored, *drawn.replaced) for r in s.group.rollouts)
+        load = pool_metrics(before[0], judges.inquire("stats"), sum(clock.times.values()))
+        load |= sampling_metrics(before[1], rollouts.inquire("stats"), num_tokens)
         memory = {**self.system.check_memory(), "memory/learner_mb": self.learner.memory_mb()}
         memory["memory/driver_mb"] = resident_mb(children=False)
         restarts = {f"restarts/{name}": pool.num_restarts for name, pool in self.system.pools().items()}
         restarts["restarts/learner"] = self.learner.num_rebuilds
         metrics = {**rollout_metrics(drawn.scored), "rollout/replaced_groups": float(len(drawn.replaced))}
+        behind = [step - s.group.policy_version for s in drawn.scored]
+        metrics |= {"rollout/staleness_mean": sum(behind) / len(behind), "rollout/staleness_max": float(max(behind))}
         metrics["weights/bytes"] = self.weights.num_bytes
-        metrics["data/quarantined"] = float(self.quarantine.count(max(drawn.scoring)))
+        metrics["data/quarantined"] = float(self.quarantine.count(self.next_ordinal))
         metrics |= synced | self.watch(step, drawn)
-        self.telemetry.step(
-            step, {**metrics, **result.metrics}, {**clock.times, **restarts, **memory, **pools, **sampling}
-        )
+        self.telemetry.step(step, {**metrics, **result.metrics}, {**clock.times, **restarts, **memory, **load})
         self.check_update(step, result)
 
     def record(self, step: int, drawn: StepRollouts, batch: TrainBatch) -> None:
         """Write the step's rollouts; RunStoppedError when too many of them could not be judged to learn from the rest, and
         when this is no longer the newest start of the run."""
         require_newest(self.folder, self.start.attempt)
+        self.wait_for_room()
         sampled = [*drawn.scored, *drawn.replaced]
         num_replaced = len(drawn.replaced) * self.config.method.group_size  # whose rewards are equal: advantage 0
         advantages_B = torch.nn.functional.pad(batch.advantages_B, (0, num_replaced)).numpy()
@@ -163,24 +175,31 @@ class Run(Collector):
                 f"(rollouts: {path}, policy so far: {self.folder / 'model'})"
             )
 
-    def publish(self, version: int) -> None:
-        """The learner's policy becomes the current version; the reference's stays beside it."""
-        self.weights = self.learner.publish(self.system.store, (self.reference.version,))
-        assert self.weights.version == version
+    def keep_batch(self, step: int, batch: TrainBatch) -> None:
+        """The last `learner.keep_batches` of them, for `diffrl replay`."""
+        if keep := self.config.learner.keep_batches:
+            folder = self.folder / "batches"
+            save_batch(folder / f"step-{step:06d}", batch, {"step": step, "version": self.weights.version})
+            for file in folder.glob(f"step-{step - keep:06d}.*"):
+                file.unlink()
 
     def follow(self, step: int) -> None:
-        """The weights just published go to everybody who samples; every `reference_refresh_steps` the reference moves
-        to them, all the way or by `reference_mix`."""
+        """The weights just published go to everybody who samples, at once or, where rollouts run ahead, with the next
+        prompts; every `reference_refresh_steps` the reference moves to them, all the way or by `reference_mix`."""
         method = self.config.method
         if method.reference_refresh_steps is not None and (step + 1) % method.reference_refresh_steps == 0:
             if method.reference_mix == 1.0 or self.config.num_reference_workers == 0:
                 self.reference = self.weights
             else:
-                self.reference = self.system.reference.call(
-                    "mixed", self.weights, self.reference, method.reference_mix, self.system.store
+                self.settle()
+                mixture = self.system.reference.call("mixed", self.weights, self.reference, method.reference_mix)
+                # Its number is below all versions of the policy.
+                self.reference = replace(
+                    self.weights, version=-self.weights.version, tensors=received(mixture), adapter=None
                 )
-        acknowledged = self.system.rollouts.broadcast("pull", self.weights)
-        assert acknowledged == [self.weights.version] * len(acknowledged)
+        if self.staleness == 0:
+            acknowledged = self.system.rollouts.broadcast("pull", self.weights)
+            assert acknowledged == [self.weights.version] * len(acknowledged)
 
     def check_sync(self, step: int, drawn: StepRollouts) -> dict[str, float]:
         """Every `sync.every` steps: how far apart the log-probs of one group are under the learner's policy and as the rollout
@@ -188,6 +207,7 @@ class Run(Collector):
         if self.config.sync.every is None or (step + 1) % self.config.sync.every:
             return {}
         batch = drawn.scoring[drawn.scored[0].group.ordinal]
+        self.settle()
         expected = self.learner.probe(batch)
         release = self.config.method.compat == "release"
         found = self.system.rollouts.broadcast("logprobs", batch, self.weights, release)
@@ -218,6 +238,7 @@ class Run(Collector):
         every, patience = self.config.eval.every, self.config.stop.patience
         if every is None or (step + 1) % every:
             return False
+        self.settle()
         settings = self.config.eval
         rates = self.evaluator.pass_rates(
             self.prepared.eval_problems, settings.num_samples, settings.temperature, self.weights, "eval"
@@ -233,6 +254,9 @@ class Run(Collector):
 
     def save(self, steps: int, *, ended: bool) -> None:
         """Commit a checkpoint after so many steps."""
+        self.settle()
+        last = self.learner.saved
+        self.wait_for_room(0 if last is None else size_mb(last.parent))
         apart = self.config.num_reference_workers > 0 and self.reference.version != self.weights.version
         rate, step = self.best or (None, None)
         self.state = RunState(
@@ -240,6 +264,7 @@ class Run(Collector):
             version=self.weights.version,
             reference_version=self.reference.version,
             next_ordinal=self.next_ordinal,
+            asked=tuple(tuple(self.asked[step]) for step in sorted(self.asked)),
             metrics_bytes=self.telemetry.metrics.sync(),
             exact=self.params.is_exact,
             watched=tuple(self.watched),
@@ -254,8 +279,18 @@ class Run(Collector):
             self.weights,
             self.reference if apart else None,
             self.prepared.tokenizer,
+            self.save_groups if self.asked else None,
             keep=self.config.checkpoint.keep,
         )
+
+    def wait_for_room(self, mb: int = 0) -> None:
+        """Until the disk has room for so much, and what it should have in any case."""
+
+        def wait() -> None:
+            self.system.watchdog.progress()
+            self.advance()
+
+        wait_for_room(self.folder, mb + self.config.supervision.min_free_mb, wait, self.telemetry.say)
 
     def report_before(self) -> dict[str, PassRates] | None:
         """The report before training, of an earlier start of the run if there was one."""
@@ -267,6 +302,7 @@ class Run(Collector):
     def report(self, when: str) -> dict[str, PassRates]:
         """Every number of the last line, for the current weights."""
         assert self.config.report is not None
+        self.settle()
         self.telemetry.say(f"{when} training: evaluating {len(self.prepared.report_problems)} held-out problems")
         train = self.prepared.problems[:: max(1, len(self.prepared.problems) // self.config.report.num_train_problems)]
         rates = self.evaluator.report(

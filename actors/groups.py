@@ -4,14 +4,14 @@ A sampled group goes on to the judge as an object reference, from node to node; 
 views. Whether a group is given up is the pools' business; then it leaves the pipeline on all of its ways.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-from actors.calls import GivenUp
-from actors.pool import WorkerPool, next_outcome
+from actors.calls import Done, GivenUp
+from actors.pool import WorkerPool, wait_for
 from actors.weights import Weights
 from diffrl.errors import RunStoppedError
 from diffrl.sampler import SamplingParams
@@ -27,6 +27,7 @@ class Request:
     seeds: tuple[int, ...]
     params: SamplingParams
     weights: Weights
+    reference: Weights | None = None  # that is to score it
     guarded: tuple[int, ...] = ()  # indices of samples to take once more, exactly
 
 
@@ -37,68 +38,101 @@ def stop(request: Request, reason: str) -> None:
 class Pipeline:
     """Requests in, scored groups out, in whatever order they finish. Judging starts while later groups are sampled."""
 
-    def __init__(self, rollouts: WorkerPool, judges: WorkerPool, *, judge_attempts: int):
+    def __init__(
+        self,
+        rollouts: WorkerPool,
+        judges: WorkerPool,
+        *,
+        judge_attempts: int,
+        also: WorkerPool | None = None,
+        on_sampled: Callable[[RolloutGroup], None] = lambda group: None,
+        on_also: Callable[[int, Any], None] = lambda ordinal, value: None,
+        on_given_up: Callable[[Request, str], None] = stop,
+    ):
+        """`on_sampled` sees each group as soon as it exists, and may submit work about it to the pool `also`, whose results
+        go to `on_also`. `on_given_up` hears of groups that broke their workers, and why; it may be one that is done already,
+        when `also` broke on it."""
         self.rollouts = rollouts
         self.judges = judges
+        self.pools = [rollouts, judges, *([also] if also else [])]
         self.judge_attempts = judge_attempts
+        self.on_sampled, self.on_also, self.on_given_up = on_sampled, on_also, on_given_up
+        self.asked: dict[int, Request] = {}
+        self.groups: dict[int, tuple[RolloutGroup, ray.ObjectRef]] = {}  # sampled and not judged yet
+        self.attempts: dict[int, int] = {}  # to judge them
+        self.done: list[ScoredGroup] = []
 
-    def run(
-        self,
-        requests: Iterable[Request],
-        on_sampled: Callable[[RolloutGroup], None] = lambda group: None,
-        also: WorkerPool | None = None,
-        on_also: Callable[[int, Any], None] = lambda key, value: None,
-        on_given_up: Callable[[Request, str], None] = stop,
-    ) -> Iterator[ScoredGroup]:
-        """Sample and judge. `on_sampled` sees each group as soon as it exists, and may submit work about it to the
-        pool `also`, whose results have all gone to `on_also` when the iteration ends. `on_given_up` hears of groups that
-        broke their workers, and why; it may be one that has been handed out already, when `also` broke on it.
-        """
-        asked = {request.ordinal: request for request in requests}
-        for request in asked.values():
-            self.rollouts.submit(
-                request.ordinal,
-                "generate",
-                request.problem,
-                request.ordinal,
-                request.seeds,
-                request.params,
-                request.weights,
-                request.guarded,
-            )
-        groups: dict[int, tuple[RolloutGroup, ray.ObjectRef]] = {}
-        attempts: dict[int, int] = {}
-        pools = [self.rollouts, self.judges, *([also] if also else [])]
-        while (found := next_outcome(pools)) is not None:
-            pool, outcome = found
-            ordinal = outcome.call.key
-            assert ordinal is not None
-            if isinstance(outcome, GivenUp):
-                for other in pools:
-                    other.forget(ordinal)
-                groups.pop(ordinal, None)
-                on_given_up(asked[ordinal], outcome.reason)
-            elif pool is self.rollouts:
-                groups[ordinal] = (outcome.value, outcome.ref)
-                self.judges.submit(ordinal, "score", outcome.ref, None)
-                on_sampled(outcome.value)
-            elif pool is self.judges:
-                group, ref = groups[ordinal]
-                attempts[ordinal] = attempts.get(ordinal, 0) + 1
-                if all(j.valid for j in outcome.value) or attempts[ordinal] >= self.judge_attempts:
-                    del groups[ordinal]
-                    own = len(group.rollouts)
-                    judgements, twins = outcome.value[:own], outcome.value[own:]
-                    yield ScoredGroup(group=group, judgements=judgements, twin_judgements=twins)
-                else:
-                    self.judges.submit(ordinal, "score", ref, outcome.value, avoid=outcome.slot)
+    @property
+    def busy(self) -> bool:
+        return any(pool.busy for pool in self.pools)
+
+    def submit(self, request: Request) -> None:
+        self.asked[request.ordinal] = request
+        self.rollouts.submit(
+            request.ordinal,
+            "generate",
+            request.problem,
+            request.ordinal,
+            request.seeds,
+            request.params,
+            request.weights,
+            request.guarded,
+        )
+
+    def run(self, requests: Iterable[Request]) -> list[ScoredGroup]:
+        """All of these, one behind the other."""
+        for request in requests:
+            self.submit(request)
+        while self.busy:
+            self.advance()
+        return self.taken()
+
+    def taken(self) -> list[ScoredGroup]:
+        """What is done since the last look."""
+        done, self.done = self.done, []
+        return done
+
+    def advance(self, beside: "Sequence[ray.ObjectRef]" = ()) -> "list[ray.ObjectRef]":
+        """Wait a moment for something to happen, here or to the references `beside`, and pass on what has; those of the
+        references that are ready."""
+        ready = wait_for(self.pools, beside)
+        for pool in self.pools:
+            while pool.outcomes:
+                self.take_in(pool, pool.outcomes.popleft())
+        return ready
+
+    def take_in(self, pool: WorkerPool, outcome: Done | GivenUp) -> None:
+        ordinal = outcome.call.key
+        assert ordinal is not None
+        if isinstance(outcome, GivenUp):
+            for other in self.pools:
+                other.forget(ordinal)
+            self.groups.pop(ordinal, None)
+            self.on_given_up(self.asked.pop(ordinal), outcome.reason)
+        elif pool is self.rollouts:
+            self.groups[ordinal] = (outcome.value, outcome.ref)
+            self.judges.submit(ordinal, "score", outcome.ref, None)
+            self.on_sampled(outcome.value)
+        elif pool is self.judges:
+            group, ref = self.groups[ordinal]
+            self.attempts[ordinal] = self.attempts.get(ordinal, 0) + 1
+            if all(j.valid for j in outcome.value) or self.attempts[ordinal] >= self.judge_attempts:
+                del self.groups[ordinal], self.attempts[ordinal]
+                own = len(group.rollouts)
+                judgements, twins = outcome.value[:own], outcome.value[own:]
+                self.done.append(ScoredGroup(group=group, judgements=judgements, twin_judgements=twins))
             else:
-                on_also(ordinal, outcome.value)
+                self.judges.submit(ordinal, "score", ref, outcome.value, avoid=outcome.slot)
+        else:
+            self.on_also(ordinal, outcome.value)
 
 
 class GroupBuffer:
-    """Whole groups between sampling and learning: reserve a slot per ordinal, commit what arrives in any order, take in
-    order of ordinals. What the learner sees therefore does not depend on who finished first.
+    """Whole groups between sampling and learning: reserve a slot per ordinal, commit what arrives in any order, take by
+    ordinal. What the learner sees therefore does not depend on who finished first.
+
+    Nobody ever waits for a slot: a run asks for the groups of a step and of the `max_staleness` steps after it, whose
+    slots are the capacity, and asks for no more before it has taken those of a step.
     """
 
     def __init__(self, capacity: int):
@@ -115,14 +149,23 @@ class GroupBuffer:
         assert self.slots[ordinal] is None, "a group is committed once"
         self.slots[ordinal] = scored
 
+    def holds(self, ordinal: int) -> bool:
+        """Whether the group has been committed."""
+        return self.slots.get(ordinal) is not None
+
     def drop(self, ordinal: int) -> None:
         """Free the slot of a group that was given up, whether it had been committed or not."""
         del self.slots[ordinal]
 
-    def take(self, count: int) -> list[ScoredGroup]:
-        """The `count` lowest ordinals; all must have been committed."""
-        ordinals = sorted(self.slots)[:count]
-        taken = [self.slots.pop(o) for o in ordinals]
-        groups = [group for group in taken if group is not None]
-        assert len(groups) == count, "took a group that was never committed"
+    def look(self, ordinals: Sequence[int]) -> list[ScoredGroup]:
+        """These groups, all of which must have been committed."""
+        groups = [group for ordinal in ordinals if (group := self.slots[ordinal]) is not None]
+        assert len(groups) == len(ordinals), "a group that was never committed"
+        return groups
+
+    def take(self, ordinals: Sequence[int]) -> list[ScoredGroup]:
+        """Look, and free their slots."""
+        groups = self.look(ordinals)
+        for ordinal in ordinals:
+            del self.slots[ordinal]
         return groups

@@ -8,7 +8,7 @@ All nodes with a rank must see the folders of saves.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -22,13 +22,12 @@ from actors.learner_rank import LearnerRank
 from actors.pool import POLL_S, kill
 from actors.processes import account, cause_of_death, in_actor, introduce, place_of, resident_mb
 from actors.watchdog import ActorState, Watchdog
-from actors.weights import Weights
+from actors.weights import Part, Tensors, Weights, publish, received
 from diffrl.config import RLConfig
 from diffrl.errors import RunStoppedError
 from diffrl.saved_batch import save_batch
 from diffrl.types import ScoringBatch, TrainBatch, UpdateResult
 
-MAX_REBUILDS = 3  # in a row, without a single update
 GRACE_S = 20.0  # from the failure of one rank to the death that may be behind it
 MAX_FAILED_BATCHES = 4  # kept for a look
 
@@ -39,8 +38,13 @@ class RankLostError(RuntimeError):
     """A rank of the group is gone, or did not answer in time; the message says which, where, and what it logged last."""
 
 
+def wait_a_moment(refs: "Sequence[ray.ObjectRef]") -> "Sequence[ray.ObjectRef]":
+    """Those that are ready; one, or none soon."""
+    return ray.wait(list(refs), num_returns=1, timeout=POLL_S)[0]
+
+
 class Learner:
-    """The driver's side of the group."""
+    """The driver's side of the group. While it waits for the ranks it does what `wait` does."""
 
     def __init__(self, config: RLConfig, tokenizer: PreTrainedTokenizerFast, total_steps: int):
         self.config = config
@@ -55,9 +59,11 @@ class Learner:
         self.ranks = [self.make_rank(rank) for rank in range(config.learner.num_ranks)]
         self.saved: Path | None = None
         self.since_save: list[ray.ObjectRef[TrainBatch]] = []
+        self.base: Tensors | None = None  # that adapters are published beside
         self.num_rebuilds = 0
         self.rebuilds_in_a_row = 0
         self.watchdog: Watchdog | None = None
+        self.wait: Callable[[Sequence[ray.ObjectRef]], Sequence[ray.ObjectRef]] = wait_a_moment
         self.doing: tuple[str, float] | None = None  # call under way, and since when
 
     def join(self, watchdog: Watchdog) -> None:
@@ -90,9 +96,17 @@ class Learner:
         """float32 [I, B, C]: log-probs of a batch under the policy as the learner has it."""
         return self.surviving(lambda: self.call("probe", batch))[0]
 
-    def publish(self, store: Any, pinned: tuple[int, ...]) -> Weights:
-        """The policy as a version in the store, where the last two and the `pinned` ones stay."""
-        return self.surviving(lambda: self.call("publish", store, pinned))[0]
+    def publish(self) -> Weights:
+        """The policy as it is now."""
+        facts = self.surviving(lambda: self.call("identity"))[0]
+        lora = self.config.model.lora
+        weights = publish(self.export, lora, self.base, **facts)
+        if lora is not None and lora.publish == "adapter":
+            self.base = weights.tensors  # it never changes
+        return weights
+
+    def export(self, part: Part) -> Tensors:
+        return self.surviving(lambda: received(self.stream("export", part)))
 
     def save(self, folder: Path) -> None:
         """State of the group into a folder, from which a group that loses a rank is rebuilt from now on. Raises
@@ -113,6 +127,12 @@ class Learner:
         RunStoppedError as it is, everything else as Ray wraps it."""
         return self.answers(method, [getattr(rank, method).remote(*args) for rank in self.ranks])
 
+    def stream(self, method: str, *args: Any) -> "list[ray.ObjectRef]":
+        """Call a generator of all ranks at once; what rank 0's has yielded, by reference."""
+        streams = [getattr(rank, method).remote(*args) for rank in self.ranks]
+        self.answers(method, [stream.completed() for stream in streams])
+        return list(streams[0])
+
     def answers(self, method: str, refs: "list[ray.ObjectRef]") -> list[Any]:
         """Of the first ranks, which were asked for these."""
         supervision = self.config.supervision
@@ -124,7 +144,8 @@ class Learner:
         while waiting:
             if self.watchdog is not None:
                 self.watchdog.check()
-            ready, waiting = ray.wait(waiting, num_returns=1, timeout=POLL_S)
+            ready = self.wait(waiting)
+            waiting = [ref for ref in waiting if ref not in ready]
             for ref in ready:
                 try:
                     ray.get(ref)
@@ -179,7 +200,7 @@ class Learner:
     def rebuild(self, error: RankLostError) -> None:
         """All ranks anew, in the state they had after the last update."""
         self.rebuilds_in_a_row += 1
-        if self.rebuilds_in_a_row > MAX_REBUILDS:
+        if self.rebuilds_in_a_row > self.config.supervision.max_rebuilds:
             raise WorkersKeepDyingError(f"ranks of the learner keep dying, the last one: {error}") from error
         self.num_rebuilds += 1
         for rank in self.ranks:

@@ -1,7 +1,15 @@
 """One rank of the learner group: a TrainBatch in, `num_iterations` optimizer steps on this rank's share of the groups.
 
-Old scores come first, for every inner iteration: nothing has been updated yet, so they are scores of the policy that
-sampled. Those of the first iteration are its own forward pass.
+Old scores come first, for every inner iteration: nothing has been updated yet, so without staleness they are scores of the
+policy that sampled. Those of the first iteration are its own forward pass.
+
+With `rollout.max_staleness` N they still are scores of the policy pi_k that the step begins with, and not of pi_(k-N), which
+sampled: the ratio of eq. 4 is r = pi / pi_k, 1 at the first iteration. What eq. 4 then estimates is the gradient of
+E_(k-N)[min(r A, clip(r) A)]. Unbiased on-policy would be E_(k-N)[w min(...)] with w = pi_k / pi_(k-N) of the whole completion
+(the decoupled objective of AReaL, arXiv 2505.24298). It is left out: a diffusion model has no tractable w, and one made from
+estimates l (each a noisy bound under a few masks) is exp(l_k - l_(k-N)), whose noise is exponential in the sum over tokens.
+So the bias is that of N updates, each within the clip range; `make study-staleness` shows what it costs. And the clip range,
+which bounds one step's move, is measured from where that step begins.
 
 Gradients are sums over ranks and micro-batches, and eq. 4 divides the sum over the whole step by ONE number of tokens,
 which every micro-batch carries: neither their cut nor the number of ranks enters the loss. (`method.compat: release`
@@ -12,17 +20,18 @@ earlier, since the gradient norm that clips every one of them needs the whole gr
 """
 
 import socket
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from actors.engine import PolicyEngine, decay_groups, join_group
-from actors.weights import Weights, publish
+from actors.weights import Contents, Part, sealed
 from diffrl.config import RLConfig
 from diffrl.micro_batches import crop_prompts, micro_batches, select_groups
 from diffrl.models.loading import load_policy
@@ -34,7 +43,7 @@ from diffrl.types import ScoringBatch, TrainBatch, UpdateResult
 
 
 class LearnerRank:
-    """`start`, `update`, `publish`, `save` and `load` must be called on all ranks at once."""
+    """`start`, `update`, `export`, `save` and `load` must be called on all ranks at once."""
 
     def __init__(self, config: RLConfig, tokenizer: PreTrainedTokenizerFast, *, rank: int, total_steps: int):
         torch.set_num_threads(config.learner.threads)
@@ -192,11 +201,18 @@ class LearnerRank:
         return {key: float(value) for key, value in metrics.items()}
 
     @ray.method
-    def publish(self, store: Any, pinned: tuple[int, ...]) -> Weights | None:
-        """Rank 0 hands the policy to the weight store, bucket by bucket, and returns it."""
-        write = self.rank == 0
-        export = partial(self.engine.export, write=write)
-        return publish(store, self.model, self.version, pinned, export, write=write)
+    def identity(self) -> dict[str, Any]:
+        """What `weights.publish` says of the policy beside its tensors."""
+        return {"version": self.version, "hf_config": self.model.hf_config, "num_tokens": self.model.num_tokens}
+
+    @ray.method(num_returns="streaming")
+    def export(self, part: Part) -> Iterator[np.ndarray | Contents]:
+        """Rank 0 yields a part of the policy, bucket by bucket, as `weights.sealed` says; the others nothing."""
+        buckets = self.engine.export(part, write=self.rank == 0)
+        if self.rank == 0:
+            yield from sealed(buckets)
+        else:
+            assert not list(buckets)
 
     @ray.method
     def save(self, folder: Path) -> None:

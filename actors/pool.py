@@ -37,6 +37,8 @@ from diffrl.config import SupervisionConfig
 # Per worker that does one thing at a time: one running, one waiting, so that a worker never idles between calls.
 MAX_IN_FLIGHT = 2
 POLL_S = 1.0  # the longest wait without a look at deadlines
+QUESTIONS = "questions"  # Ray's concurrency group of a worker for what is asked beside its work
+ANSWER_S = 5.0
 CLOSE_S = 10.0  # a worker ends what it holds
 
 
@@ -110,6 +112,21 @@ class WorkerPool:
         self.waiting.extend(Call(None, method, args, only=slot) for slot in range(len(self.slots)))
         return [done.value for done in sorted(self.finished(), key=lambda done: done.slot)]
 
+    def inquire(self, method: str, *args: Any) -> list[Any]:
+        """Ask every worker at once, beside what it is doing; None for those that do not answer soon."""
+        asked = {
+            getattr(worker.handle, method).options(concurrency_group=QUESTIONS).remote(*args): worker.slot
+            for worker in self.slots
+            if worker.ready and not worker.lost
+        }
+        answers: list[Any] = [None] * len(self.slots)
+        for ref in ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)[0] if asked else []:
+            try:
+                answers[asked[ref]] = ray.get(ref)
+            except WORKER_LOST:  # whoever waits for its work will see to it
+                continue
+        return answers
+
     def finished(self) -> list[Done]:
         """What is under way, which must be about no group."""
         done = []
@@ -138,8 +155,9 @@ class WorkerPool:
                 continue
             load[slot] += self.in_flight if call.losses else 1
             worker = self.slots[slot]
-            ref = getattr(worker.handle, call.method).remote(*call.args)
-            self.running[ref] = Running(call, worker)
+            answer = getattr(worker.handle, call.method).remote(*call.args)
+            stream = answer if isinstance(answer, ray.ObjectRefGenerator) else None
+            self.running[answer if stream is None else stream.completed()] = Running(call, worker, stream)
             self.begin(worker)
 
     def begin(self, worker: Worker) -> None:
@@ -208,6 +226,8 @@ class WorkerPool:
         else:
             run = self.running.pop(ref)
             self.losses = 0
+            if run.stream is not None:
+                value = list(run.stream)
             if not run.forgotten:
                 self.outcomes.append(Done(run.call, worker.slot, value, ref))
         self.begin(worker)
@@ -307,20 +327,24 @@ def has_value(ref: ray.ObjectRef) -> bool:
     return True
 
 
-def wait_for(pools: Sequence[WorkerPool]) -> None:
-    """Until something has happened in one of the pools, or a moment has passed."""
+def wait_for(pools: Sequence[WorkerPool], beside: "Sequence[ray.ObjectRef]" = ()) -> "list[ray.ObjectRef]":
+    """Until something has happened in one of the pools, or to a reference `beside` them, or a moment has passed; those of
+    the references that are ready."""
     for pool in pools:
         if pool.watchdog is not None:
             pool.watchdog.check()
         pool.tend()
     refs = {ref: pool for pool in pools for ref in (*pool.starting, *pool.running)}
-    due = min(pool.next_due() for pool in pools) - time.monotonic()
+    due = min((pool.next_due() for pool in pools), default=float("inf")) - time.monotonic()
     timeout = max(0.0, min(POLL_S, due))
-    if not refs:
+    if not refs and not beside:
         time.sleep(timeout)
-        return
-    for ref in ray.wait(list(refs), num_returns=1, timeout=timeout)[0]:
-        refs[ref].settle(ref)
+        return []
+    ready = ray.wait([*beside, *refs], num_returns=1, timeout=timeout)[0]
+    for ref in ready:
+        if ref in refs:
+            refs[ref].settle(ref)
+    return [ref for ref in ready if ref not in refs]
 
 
 def next_outcome(pools: Sequence[WorkerPool]) -> tuple[WorkerPool, Done | GivenUp] | None:

@@ -5,12 +5,12 @@ then the policy's own version is named, and nothing is computed) or a mixture of
 """
 
 from collections.abc import Iterator
-from typing import Any
 
+import numpy as np
 import ray
 import torch
 
-from actors.weights import Bucket, PolicyHolder, Weights, fetch, fill_bucket, plan_buckets, stream
+from actors.weights import Bucket, Contents, PolicyHolder, Weights, fetch, fill_bucket, plan_buckets, sealed
 from diffrl.micro_batches import crop_prompts
 from diffrl.models.base import PolicyModel
 from diffrl.scoring import completion_logprobs, to_device
@@ -30,18 +30,10 @@ class Reference:
         """float32 [I, B, C]: one estimate per inner iteration."""
         return logprobs_under(self.holder.at(weights), batch, attend_padding=self.attend_padding)
 
-    @ray.method
-    def mixed(self, policy: Weights, reference: Weights, mix: float, store: Any) -> Weights:
-        """mix * policy + (1 - mix) * reference, published as version -(the policy's), below all versions of the policy."""
-        weights = Weights(
-            version=-policy.version,
-            hf_config=policy.hf_config,
-            num_tokens=policy.num_tokens,
-            tensors=stream(store, mixed_buckets(policy, reference, mix)),
-            adapter=None,
-        )
-        ray.get(store.commit.remote(weights, (weights.version,)))
-        return weights
+    @ray.method(num_returns="streaming")
+    def mixed(self, policy: Weights, reference: Weights, mix: float) -> Iterator[np.ndarray | Contents]:
+        """mix * policy + (1 - mix) * reference, as `weights.sealed` says."""
+        yield from sealed(mixed_buckets(policy, reference, mix))
 
 
 def logprobs_under(model: PolicyModel, batch: ScoringBatch, *, attend_padding: bool) -> torch.Tensor:

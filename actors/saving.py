@@ -1,5 +1,6 @@
 """What an RL run leaves on the disk beside its records: model folders and checkpoints."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -7,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from actors.learner import Learner
 from actors.run_start import RunStart
 from actors.weights import Weights, fetch, fetch_tensors
+from diffrl.buffered import GROUPS
 from diffrl.checkpoint import RunState, checkpoint_path, commit, discard, part_path, prune
 from diffrl.config import ModelConfig
 from diffrl.models.folders import save_folder
@@ -21,11 +23,13 @@ def write_checkpoint(
     weights: Weights,
     reference: Weights | None,
     tokenizer: PreTrainedTokenizerFast,
+    save_groups: Callable[[Path], None] | None,
     *,
     keep: int,
 ) -> None:
     """Commit a checkpoint of the run, then delete those that are no longer kept. It holds the learner's state in
-    `learner`, the policy as a Hugging Face folder in `model`, and the `reference`, where it is not the policy itself.
+    `learner`, the policy as a Hugging Face folder in `model`, the `reference`, where it is not the policy itself, and the
+    `groups` that wait for their step, where there are any.
 
     Raises RunStoppedError when it cannot be written, and when the run has been started again elsewhere.
     """
@@ -36,6 +40,8 @@ def write_checkpoint(
     export_policy(weights, tokenizer, part / "model")
     if reference is not None:
         save_folder(reference.hf_config, fetch(reference), part / "reference")
+    if save_groups is not None:
+        save_groups(part / GROUPS)
     require_newest(start.folder, start.attempt)
     commit(part, checkpoint, state.note())
     learner.saved = (checkpoint / "learner").resolve()

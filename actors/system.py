@@ -10,26 +10,22 @@ from typing import Any
 import ray
 from transformers import PreTrainedTokenizerFast
 
-from actors.pool import CLOSE_S, WorkerPool, kill
-from actors.processes import in_actor, introduce, place_of, resident_mb
+from actors.pool import CLOSE_S, QUESTIONS, WorkerPool
+from actors.processes import resident_mb
 from actors.reference import Reference
 from actors.reward import RewardWorker
 from actors.rollout import RolloutWorker
-from actors.watchdog import ActorState, Watchdog
-from actors.weights import WeightStore
+from actors.watchdog import Watchdog
 from diffrl.config import RLConfig
-
-STORE_CPUS = 0.1
 
 
 class System:
-    """Rollout workers, reward workers, reference and weight store, and the watchdog over all of the run. The learner group
-    is the driver's own: it has state."""
+    """Rollout workers, reward workers and reference, and the watchdog over all of the run. The learner group is the driver's
+    own: it has state."""
 
-    def __init__(self, config: RLConfig, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, config: RLConfig, tokenizer: PreTrainedTokenizerFast, *, samples: bool = True):
+        """`samples`: with workers that sample and judge."""
         self.owns_ray = connect(config.ray.address, num_cpus_needed(config))
-        self.store = ray.remote(WeightStore).options(num_cpus=STORE_CPUS, max_restarts=0).remote()
-        in_actor(self.store, introduce)
         rollout, judge, reference = config.rollout, config.judge, config.reference
         self.limits_mb = config.supervision.memory_mb.model_dump()
         self.watchdog = Watchdog(Path(config.run_dir).resolve(), config.supervision.stall_s)
@@ -40,7 +36,7 @@ class System:
                 {
                     "num_cpus": rollout.cpus_per_worker,
                     "num_gpus": rollout.gpus_per_worker,
-                    "max_concurrency": config.groups_in_flight + 1,  # and a question in between
+                    "max_concurrency": config.groups_in_flight,
                 },
                 tokenizer,
                 completion_tokens=config.sampling.completion_tokens,
@@ -49,7 +45,7 @@ class System:
                 dtype=rollout.dtype,
                 compile=rollout.compile,
             ),
-            rollout.num_workers,
+            rollout.num_workers if samples else 0,
             role="rollout",
             in_flight=config.groups_in_flight,
             concurrency=config.groups_in_flight,
@@ -57,7 +53,7 @@ class System:
         )
         self.judges = WorkerPool(
             spawner(RewardWorker, {"num_cpus": judge.cpus_per_worker}, config.sandbox, dict(config.reward.weights)),
-            judge.num_workers,
+            judge.num_workers if samples else 0,
             role="judge",
             **watched,
         )
@@ -72,7 +68,7 @@ class System:
             role="reference",
             **watched,
         )
-        self.watchdog.watched += [*(pool.states for pool in self.pools().values()), self.store_state]
+        self.watchdog.watched += [pool.states for pool in self.pools().values()]
 
     def pools(self) -> dict[str, WorkerPool]:
         return {"rollout": self.rollouts, "judge": self.judges, "reference": self.reference}
@@ -81,17 +77,14 @@ class System:
         for pool in self.pools().values():
             pool.wait_ready()
 
-    def store_state(self) -> list[ActorState]:
-        return [ActorState(role="store", slot=0, place=place_of(self.store), ready=True, calls=(), waiting=0)]
-
     def check_memory(self) -> dict[str, float]:
-        """MB of the largest worker of each role, for a time when none has a call; those above their limit are replaced."""
+        """MB of the largest worker of each role; those above their limit are replaced, in a pool that has nothing to do."""
         metrics = {}
         for name, pool in self.pools().items():
-            used = pool.broadcast("__ray_call__", resident_mb)
+            used = [mb or 0.0 for mb in pool.inquire("__ray_call__", resident_mb)]
             metrics[f"memory/{name}_mb"] = max(used, default=0.0)
             for slot, mb in enumerate(used):
-                if mb > (self.limits_mb[name] or math.inf):
+                if mb > (self.limits_mb[name] or math.inf) and not pool.busy:
                     pool.renew(slot)
         return metrics
 
@@ -105,7 +98,6 @@ class System:
             ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S)  # what is left then ends with its worker
             for pool in self.pools().values():
                 pool.close()
-            kill(self.store)
         finally:
             self.watchdog.__exit__()
         if self.owns_ray:
@@ -114,14 +106,13 @@ class System:
 
 def spawner(actor_class: type, options: dict[str, Any], *args: Any, **kwargs: Any) -> Callable[[], Any]:
     """A function that starts one such actor. Restarts are the pool's business, so Ray itself does none."""
-    remote = ray.remote(actor_class).options(**options, max_restarts=0, max_task_retries=0)
+    remote = ray.remote(**options, max_restarts=0, max_task_retries=0, concurrency_groups={QUESTIONS: 1})(actor_class)
     return lambda: remote.remote(*args, **kwargs)
 
 
 def num_cpus_needed(config: RLConfig) -> float:
     return (
-        STORE_CPUS
-        + config.rollout.num_workers * config.rollout.cpus_per_worker
+        config.rollout.num_workers * config.rollout.cpus_per_worker
         + config.judge.num_workers * config.judge.cpus_per_worker
         + config.num_reference_workers * config.reference.cpus
         + config.learner.num_ranks * config.learner.cpus_per_rank

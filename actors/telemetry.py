@@ -132,12 +132,15 @@ SAMPLING_METRICS = ("rollout/forward_passes", "rollout/tokens_per_second", "roll
 
 
 def sampling_metrics(
-    before: Sequence[RolloutStats], after: Sequence[RolloutStats], num_tokens: int
+    before: Sequence[RolloutStats | None], after: Sequence[RolloutStats | None], num_tokens: int
 ) -> dict[str, float]:
-    """What the rollout workers' engines did in a time in which they sampled `num_tokens`, counted up to the end tokens."""
+    """What the rollout workers' engines did in a time in which they sampled `num_tokens`, counted up to the end tokens.
+    Workers that did not answer (None) are left out."""
     passes = passed = useful = busy_s = 0.0
     for old, new in zip(before, after, strict=True):
-        if new.num_passes < old.num_passes:
+        if new is None:
+            continue
+        if old is None or new.num_passes < old.num_passes:
             old = RolloutStats()  # a new worker counts from zero
         passes += new.num_passes - old.num_passes
         passed += new.num_tokens_passed - old.num_tokens_passed
@@ -148,15 +151,20 @@ def sampling_metrics(
     return dict(zip(SAMPLING_METRICS, values, strict=True))
 
 
-def pool_metrics(before: Sequence[PoolStats], after: Sequence[PoolStats], seconds: float) -> dict[str, float]:
-    """What the reward workers' pools of sandboxes did in a time: sums, and means over that time for each worker."""
+def pool_metrics(
+    before: Sequence[PoolStats | None], after: Sequence[PoolStats | None], seconds: float
+) -> dict[str, float]:
+    """What the reward workers' pools of sandboxes did in a time: sums, and means over that time for each worker. Workers that
+    did not answer (None) are left out."""
     metrics = {"pool/cpu_ms": 0.0, "pool/infra_errors": 0, "pool/restarts": 0}
     for worker, (old, new) in enumerate(zip(before, after, strict=True)):
-        restarted = new.busy_s < old.busy_s  # a new worker counts from zero
-        since = (lambda a, b: b) if restarted else (lambda a, b: b - a)
-        metrics["pool/cpu_ms"] += since(old.cpu_ms, new.cpu_ms)
-        metrics["pool/infra_errors"] += since(sum(old.errors.values()), sum(new.errors.values()))
-        metrics["pool/restarts"] += since(old.restarts, new.restarts)
-        metrics[f"pool/{worker}/busy_slots"] = since(old.busy_s, new.busy_s) / seconds
-        metrics[f"pool/{worker}/queue_depth"] = since(old.waited_s, new.waited_s) / seconds
+        if new is None:
+            continue
+        if old is not None and new.busy_s < old.busy_s:
+            old = None  # a new worker counts from zero
+        metrics["pool/cpu_ms"] += new.cpu_ms - (old.cpu_ms if old else 0)
+        metrics["pool/infra_errors"] += sum(new.errors.values()) - (sum(old.errors.values()) if old else 0)
+        metrics["pool/restarts"] += new.restarts - (old.restarts if old else 0)
+        metrics[f"pool/{worker}/busy_slots"] = (new.busy_s - (old.busy_s if old else 0)) / seconds
+        metrics[f"pool/{worker}/queue_depth"] = (new.waited_s - (old.waited_s if old else 0)) / seconds
     return {name: round(value, 4) for name, value in metrics.items()}

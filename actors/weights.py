@@ -1,11 +1,10 @@
 """Weights on their way from the learner to everybody else: flat buckets with a version and hashes, in Ray's object store.
 
-Whoever calls `ray.put` owns the object and takes it along when it dies, so a small actor of its own receives the
-buckets from learner rank 0, puts them and keeps the last two versions (and any that is pinned).
+Buckets are what a generator method of learner rank 0 yields. Ray gives what a call returns to the caller, so the driver owns
+them: they survive the process that made them, and live as long as a `Weights` refers to them. Nobody has to keep a store.
 
-A policy with adapters travels merged, or as its adapters alone: the base is then put once and every version refers to
-it, so it lives as long as any of them and a restarted worker finds both. Workers merge, so that they sample with the same
-bits either way.
+A policy with adapters travels merged, or as its adapters alone: the base is then published once and every version refers
+to it, so a restarted worker finds both. Workers merge, so that they sample with the same bits either way.
 """
 
 import json
@@ -14,9 +13,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import ray
@@ -24,12 +22,12 @@ import torch
 import xxhash
 from torch import Tensor
 
+from diffrl.config import LoraConfig
 from diffrl.models.base import PolicyModel
 from diffrl.models.folders import build_model, family_of, load_state_dict, state_dict_for_export
 from diffrl.models.lora import MergedState, adapter_state, base_state, merged_state
 
 BUCKET_BYTES = 256 << 20
-KEPT_VERSIONS = 2
 Part = Literal["policy", "base", "adapter"]  # the policy with its adapters merged in, or one of the two alone
 PARTS = {"policy": state_dict_for_export, "base": base_state, "adapter": adapter_state}
 
@@ -259,96 +257,70 @@ class PolicyHolder:
             parameters[name].copy_(state[name])
 
 
-class WeightStore:
-    """Owns the published buckets."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """What the buckets of a `sealed` iteration held. Contents(entries=(Entry(...), ...), hashes=("9f...",))"""
 
-    def __init__(self):
-        self.versions: dict[int, Weights] = {}
-
-    @ray.method
-    def put(self, bucket: np.ndarray) -> tuple[str, "ray.ObjectRef"]:
-        """Take over a bucket: its hash and where it is. It lives as long as somebody refers to it: see `commit`."""
-        return digest(bucket), ray.put(bucket)
-
-    @ray.method
-    def commit(self, weights: Weights, pinned: Sequence[int]) -> None:
-        """Publish a version, complete by now; the last two and the `pinned` ones stay."""
-        self.versions[weights.version] = weights
-        recent = sorted(self.versions)[-KEPT_VERSIONS:]
-        self.versions = {v: w for v, w in self.versions.items() if v in recent or v in pinned}
-
-    @ray.method
-    def base(self) -> Tensors | None:
-        """The base that unmerged adapters of the last version belong to."""
-        last = self.versions[max(self.versions)] if self.versions else None
-        return None if last is None or last.adapter is None or last.adapter.merged else last.tensors
+    entries: tuple[Entry, ...]
+    hashes: tuple[str, ...]
 
 
-def stream(store: Any, buckets: Iterable[Bucket]) -> Tensors:
-    """Hand buckets to the store as they are made. While one is on its way the next is packed, and no third exists."""
+def sealed(buckets: Iterable[Bucket]) -> Iterator[np.ndarray | Contents]:
+    """The bytes of each bucket as it is made, then what they hold."""
     entries: list[Entry] = []
-    arrived: list[tuple[str, ray.ObjectRef]] = []
-    on_its_way: list[ray.ObjectRef] = []
+    hashes: list[str] = []
     for made, bucket in buckets:
         entries += made
-        arrived += ray.get(on_its_way)
-        on_its_way = [store.put.remote(bucket)]
-    arrived += ray.get(on_its_way)
-    return Tensors(
-        entries=tuple(entries),
-        hashes=tuple(digest for digest, _ in arrived),
-        buckets=tuple(ref for _, ref in arrived),
-    )
+        hashes.append(digest(bucket))
+        yield bucket
+    yield Contents(entries=tuple(entries), hashes=tuple(hashes))
 
 
-def publish_folder(store: Any, path: Path, version: int, num_tokens: int | None) -> Weights:
-    """Hand a Hugging Face folder to the weight store as a version, which stays as long as it is pinned."""
-    state = load_state_dict(path)
-    plan = plan_buckets({name: tensor.nbytes for name, tensor in state.items()})
-    buckets = (fill_bucket({name: state[name] for name in names}, number) for number, names in enumerate(plan))
-    weights = Weights(
-        version=version,
-        hf_config=json.loads((path / "config.json").read_text()),
-        num_tokens=num_tokens,
-        tensors=stream(store, buckets),
-        adapter=None,
-    )
-    ray.get(store.commit.remote(weights, (version,)))
-    return weights
+def received(refs: "Sequence[ray.ObjectRef]") -> Tensors:
+    """What a `sealed` iteration elsewhere has brought here; raises what it raised."""
+    contents = ray.get(refs[-1])
+    return Tensors(entries=contents.entries, hashes=contents.hashes, buckets=tuple(refs[:-1]))
 
 
 def publish(
-    store: Any,
-    model: PolicyModel,
-    version: int,
-    pinned: Sequence[int],
-    export: Callable[[Part], Iterator[Bucket]] | None = None,
+    export: Callable[[Part], Tensors],
+    lora: LoraConfig | None,
+    base: Tensors | None,
     *,
-    write: bool = True,
-) -> Weights | None:
-    """Hand the policy to the weight store (an actor handle), as `model.lora.publish` says.
+    version: int,
+    hf_config: dict,
+    num_tokens: int | None,
+) -> Weights:
+    """A version out of its parts; adapters that travel alone refer to the `base`, which is exported if there is none yet."""
+    adapter, tensors = None, None
+    if lora is not None:
+        adapter = Adapter(scale=lora.scale, merged=lora.publish == "merged", tensors=export("adapter"))
+        if not adapter.merged:
+            tensors = base or export("base")
+    tensors = tensors or export("policy")
+    return Weights(version=version, hf_config=hf_config, num_tokens=num_tokens, tensors=tensors, adapter=adapter)
 
-    `export` replaces `export_buckets` of the model where its tensors are sharded; then all ranks call this at once, of
-    which one does `write` and returns the version. Of adapters that travel alone the store keeps the base: it is read
-    the first time only.
-    """
-    export = export or partial(export_buckets, model)
-    adapter = None
-    if model.lora is None:
-        tensors = stream(store, export("policy"))
-    else:
-        merged = model.lora.publish == "merged"
-        adapter = Adapter(scale=model.lora.scale, merged=merged, tensors=stream(store, export("adapter")))
-        if merged:
-            tensors = stream(store, export("policy"))
-        else:
-            # All ranks hear the same: the one that writes cannot commit a first base before the others have asked.
-            kept: Any = ray.get(store.base.remote())
-            tensors = kept or stream(store, export("base"))
-    if not write:
-        return None
-    weights = Weights(
-        version=version, hf_config=model.hf_config, num_tokens=model.num_tokens, tensors=tensors, adapter=adapter
+
+def put_model(
+    model: PolicyModel, version: int, base: Tensors | None = None, bucket_bytes: int = BUCKET_BYTES
+) -> Weights:
+    """A model of this process as a version."""
+
+    def export(part: Part) -> Tensors:
+        return received([ray.put(piece) for piece in sealed(export_buckets(model, part, bucket_bytes=bucket_bytes))])
+
+    return publish(export, model.lora, base, version=version, hf_config=model.hf_config, num_tokens=model.num_tokens)
+
+
+def put_folder(path: Path, version: int, num_tokens: int | None) -> Weights:
+    """A Hugging Face folder as a version."""
+    state = load_state_dict(path)
+    plan = plan_buckets({name: tensor.nbytes for name, tensor in state.items()})
+    buckets = (fill_bucket({name: state[name] for name in names}, number) for number, names in enumerate(plan))
+    return Weights(
+        version=version,
+        hf_config=json.loads((path / "config.json").read_text()),
+        num_tokens=num_tokens,
+        tensors=received([ray.put(part) for part in sealed(buckets)]),
+        adapter=None,
     )
-    ray.get(store.commit.remote(weights, pinned))
-    return weights

@@ -40,14 +40,15 @@ class Progress:
 class RunState:
     """Of an RL run: what its driver knows between two steps, beside the weights.
 
-    RunState(step=40, version=40, reference_version=0, next_ordinal=320, metrics_bytes=61440, exact=False, watched=(),
-             best_rate=0.41, best_step=39)
+    RunState(step=40, version=40, reference_version=0, next_ordinal=324, asked=((320, 321, 322, 323),),
+             metrics_bytes=61440, exact=False, watched=(), best_rate=0.41, best_step=39)
     """
 
     step: int = 0  # steps done
     version: int = 0  # of the policy
     reference_version: int = 0
-    next_ordinal: int = 0  # of the first prompt that no step has had
+    next_ordinal: int = 0  # of the first prompt that has not been drawn
+    asked: tuple[tuple[int, ...], ...] = ()  # ordinals of each of the next steps whose groups are there already
     metrics_bytes: int = 0  # of metrics.jsonl after them
     exact: bool = False  # the guard has ended approximate sampling
     watched: tuple[Mapping[str, float], ...] = ()  # the guard's metrics of each step
@@ -60,7 +61,8 @@ class RunState:
         """Raises ValueError for a folder that is no committed checkpoint of an RL run."""
         try:
             note = json.loads((checkpoint / NOTE).read_text())
-            return cls(**{**note, "watched": tuple(note["watched"])})
+            asked = tuple(tuple(ordinals) for ordinals in note["asked"])
+            return cls(**{**note, "asked": asked, "watched": tuple(note["watched"])})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{checkpoint} is not a checkpoint of an RL run ({type(error).__name__}: {error}); name a folder "

@@ -6,16 +6,19 @@ siblings adjacent). A file appears whole or not at all, and writing a step again
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerFast
 
-from diffrl.prompts import build_prompt
-from diffrl.types import Judgement, Rollout, RolloutGroup, ScoredGroup
+from diffrl.prompts import build_prompt, chat_ids
+from diffrl.types import Judgement, Problem, Rollout, RolloutGroup, ScoredGroup
 
 SCHEMA_VERSION = 3  # raise it with every change of a column
 _VERSION_KEY = b"diffrl.rollout_store.version"
@@ -55,6 +58,10 @@ SCHEMA = pa.schema(
 )
 
 
+def step_file(folder: str | Path, step: int) -> Path:
+    return Path(folder) / f"step_{step:06d}.parquet"
+
+
 def write_step(folder: str | Path, step: int, scored_groups: Sequence[ScoredGroup], advantages: npt.ArrayLike) -> Path:
     """Write one step and return its file. `advantages` is flat [B]: one per rollout, in the groups' order."""
     advantage_B = np.asarray(advantages, dtype=np.float32)
@@ -69,7 +76,7 @@ def write_step(folder: str | Path, step: int, scored_groups: Sequence[ScoredGrou
         _row(step, group, rollout, judgement, float(advantage))
         for (group, rollout, judgement), advantage in zip(samples, advantage_B, strict=True)
     ]
-    path = Path(folder) / f"step_{step:06d}.parquet"
+    path = step_file(folder, step)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # same folder: a rename is atomic only there
     try:
@@ -104,6 +111,62 @@ def read_all(folder: str | Path) -> pa.Table:
     matches = ((_FILE_NAME.fullmatch(path.name), path) for path in Path(folder).iterdir())
     steps = sorted((int(match[1]), path) for match, path in matches if match)  # as numbers: a millionth step sorts last
     return pa.concat_tables([SCHEMA.empty_table(), *(read_step(path) for _, path in steps)])
+
+
+def scored_groups(
+    table: pa.Table, problems: Mapping[str, Problem], tokenizer: PreTrainedTokenizerFast
+) -> list[ScoredGroup]:
+    """The groups that `write_step` was given, without their twins; rows of one group stand together. Raises ValueError for
+    a problem that is not there, or whose prompt is another one now."""
+    groups: list[ScoredGroup] = []
+    for _, rows in groupby(table.to_pylist(), key=lambda row: row["ordinal"]):
+        group = list(rows)
+        problem = problems.get(group[0]["problem_id"])
+        if problem is None or _utf8(build_prompt(problem)) != group[0]["prompt"]:
+            what = "missing" if problem is None else "another one"
+            raise ValueError(
+                f"data: problem {group[0]['problem_id']!r} is {what}, and there are rollouts of it; use the data that they "
+                "were sampled from"
+            )
+        groups.append(_scored_group(problem, group, tokenizer))
+    return groups
+
+
+def _scored_group(
+    problem: Problem, rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast
+) -> ScoredGroup:
+    rollouts = tuple(
+        Rollout(
+            sample_index=row["sample_index"],
+            seed=row["seed"],
+            completion_ids_C=np.asarray(row["completion_ids"], dtype=np.int32),
+            step_map_C=np.asarray(row["step_map"], dtype=np.int32),
+            probability_C=np.asarray(row["probability"], dtype=np.float16),
+            num_tokens=row["num_tokens"],
+            text=row["completion"],
+        )
+        for row in rows
+    )
+    judgements = tuple(
+        Judgement(
+            reward=row["reward"],
+            format=row["format"],
+            pass_rate=row["pass_rate"],
+            statuses=None if row["statuses"] is None else tuple(row["statuses"]),
+            cpu_s=row["cpu_s"],
+            low_trust=row["low_trust"],
+            detail=row["detail"],
+        )
+        for row in rows
+    )
+    group = RolloutGroup(
+        problem=problem,
+        ordinal=rows[0]["ordinal"],
+        policy_version=rows[0]["policy_version"],
+        prompt_ids_P=np.asarray(chat_ids(tokenizer, problem), dtype=np.int32),
+        rollouts=rollouts,
+    )
+    return ScoredGroup(group=group, judgements=judgements)
 
 
 def _row(step: int, group: RolloutGroup, rollout: Rollout, judgement: Judgement, advantage: float) -> dict:

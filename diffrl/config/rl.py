@@ -179,17 +179,9 @@ class RolloutConfig(Section):
     max_tokens_per_batch: Positive = 16_384  # rows x width of a forward pass; at least one group
     dtype: Literal["float32", "bfloat16"] | None = None  # None: of the published weights
     compile: bool = False  # torch.compile of all layers but the last, on a GPU: a CPU's passes are not of a fixed shape
-    max_staleness: Annotated[int, Field(ge=0)] = 0  # updates a rollout may lag behind
-
-    @model_validator(mode="after")
-    def check(self):
-        require(
-            self.max_staleness == 0,
-            "max_staleness",
-            self.max_staleness,
-            "be 0: asynchronous rollouts are not available yet",
-        )
-        return self
+    # Updates that the policy of a rollout is behind the one that learns from it. 0: sample, then learn; with more of them
+    # the rollouts of a step begin before the steps before it are learned from.
+    max_staleness: Annotated[int, Field(ge=0, le=16)] = 0
 
 
 class SyncConfig(Section):
@@ -220,6 +212,7 @@ class LearnerConfig(EngineConfig):
     num_ranks: Positive = 1
     max_tokens_per_micro_batch: Positive = 16_384  # rows of distinct inputs x padded length; at least one group
     max_bad_steps: Positive = 4  # optimizer steps in a row with a NaN or infinite loss or gradient; then the run stops
+    keep_batches: Annotated[int, Field(ge=0)] = 0  # of the last steps, in run_dir/batches, for `diffrl replay`
     cpus_per_rank: Annotated[float, Field(ge=0)] = 1.0
     gpus_per_rank: Annotated[float, Field(ge=0)] = 0.0
     threads: Positive = 1

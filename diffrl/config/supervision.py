@@ -31,9 +31,13 @@ class SupervisionConfig(Section):
     backoff_s: Annotated[float, Field(ge=0)] = 1.0  # from a loss to the restart; twice that after every further one
     max_backoff_s: Annotated[float, Field(ge=0)] = 60.0
     max_losses: Positive = 8  # of workers in a row without any result, per worker of the pool; then the run stops
+    max_rebuilds: Positive = 3  # of the learner group in a row without an update; then the run stops
     problem_attempts: Positive = 3  # workers that calls about a problem may break before it is quarantined
     max_quarantined: Annotated[int, Field(ge=0)] = 10  # problems; with more of them the run stops
     memory_mb: MemoryLimits = MemoryLimits()
+    min_free_mb: Annotated[int, Field(ge=0)] = (
+        512  # of run_dir's disk; with less (and room for a checkpoint) the run waits
+    )
 
     def delay_s(self, losses: int) -> float:
         """From the last of so many losses in a row (per worker of a role) to the restart."""

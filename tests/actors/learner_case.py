@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 from actors.engine import decay_groups
 from actors.learner import Learner
 from actors.pool import WORKER_LOST
-from actors.weights import WeightStore
 from diffrl.config import RLConfig
 from diffrl.coupled_grpo import coupled_grpo_loss
 from diffrl.estimators import ESTIMATORS, draw_views
@@ -135,13 +134,10 @@ def plain_updates(config: RLConfig, model: PolicyModel, batches: list[TrainBatch
 
 
 @contextmanager
-def running(config: RLConfig, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Learner, Any]]:
-    """A learner group and a weight store."""
-    store = ray.remote(WeightStore).options(num_cpus=0.1).remote()
+def running(config: RLConfig, tokenizer: PreTrainedTokenizerFast) -> Iterator[Learner]:
     with Learner(config, tokenizer, STEPS) as group:
         group.start()
-        yield group, store
-    ray.kill(store)
+        yield group
 
 
 def end(actor: Any) -> None:

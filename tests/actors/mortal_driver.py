@@ -33,13 +33,9 @@ def mortal(place: str, at: int) -> type[Run]:
             if here == place and step >= at:
                 die()
 
-        def step(self, step: int) -> None:
-            self.now = step
-            super().step(step)
-
-        def rollouts(self) -> StepRollouts:
-            drawn = super().rollouts()
-            self.reach("sampled", self.now)
+        def rollouts(self, step: int) -> StepRollouts:
+            drawn = super().rollouts(step)
+            self.reach("sampled", step)
             return drawn
 
         def record(self, step: int, drawn: StepRollouts, batch: TrainBatch) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import peft
 import pytest
-import ray
 import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, Qwen2Config
@@ -14,7 +13,7 @@ from transformers import LlamaConfig, Qwen2Config
 from actors.driver import train
 from actors.prepare import prepare
 from actors.stages import train_supervised
-from actors.weights import PolicyHolder, Weights, WeightStore, fetch, publish
+from actors.weights import PolicyHolder, Weights, fetch, put_model
 from diffrl.config import LoraConfig, ModelConfig, RLConfig, SftConfig
 from diffrl.config_file import validate
 from diffrl.errors import ConfigError
@@ -249,43 +248,38 @@ def adapted_model(family: type[PolicyModel], mode: str, version: int) -> PolicyM
 
 @pytest.mark.parametrize("family", [DreamModel, LladaModel])
 def test_the_base_travels_once(ray_cluster, family):
-    store = ray.remote(WeightStore).options(num_cpus=0.1).remote()
-    published: list[Weights] = []
+    versions: list[Weights] = []
     for version in range(4):
-        published.append(publish(store, adapted_model(family, "adapter", version), version, pinned=(0,)))
-    assert len({weights.tensors for weights in published}) == 1
-    assert len({weights.adapter for weights in published}) == 4
+        base = versions[0].tensors if versions else None
+        versions.append(put_model(adapted_model(family, "adapter", version), version, base))
+    assert len({weights.tensors for weights in versions}) == 1
+    assert len({weights.adapter for weights in versions}) == 4
     follower = PolicyHolder("cpu")
-    for version in (0, 2, 3, 2, 0):  # version 1 is gone by now
-        model = follower.at(published[version])
-        fresh = PolicyHolder("cpu").at(published[version])
+    for version in (0, 2, 3, 2, 0):
+        model = follower.at(versions[version])
+        fresh = PolicyHolder("cpu").at(versions[version])
         expected = state_dict_for_export(adapted_model(family, "adapter", version))
-        for state in (state_dict_for_export(model), state_dict_for_export(fresh), fetch(published[version])):
+        for state in (state_dict_for_export(model), state_dict_for_export(fresh), fetch(versions[version])):
             assert state.keys() == expected.keys()
             assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
         assert model.lora is None and model.num_tokens == fresh.num_tokens == 60
-    assert follower.at(published[0]) is model
-    ray.kill(store)
+    assert follower.at(versions[0]) is model
 
 
 def test_merged_adapters_travel_with_the_weights(ray_cluster):
-    store = ray.remote(WeightStore).options(num_cpus=0.1).remote()
     for version in range(2):
         trained = adapted_model(DreamModel, "merged", version)
-        weights = publish(store, trained, version, pinned=())
+        weights = put_model(trained, version)
         held = state_dict_for_export(PolicyHolder("cpu").at(weights))
         assert all(torch.equal(held[name], tensor) for name, tensor in state_dict_for_export(trained).items())
         assert weights.adapter is not None and weights.adapter.merged and weights.adapter.scale == 4.0
         assert {entry.name for entry in weights.adapter.tensors.entries} == adapter_state(trained).keys()
-    ray.kill(store)
 
 
 def test_weights_without_adapters_follow_those_with(ray_cluster):
     """A holder makes no assumption about what it held before."""
-    store = ray.remote(WeightStore).options(num_cpus=0.1).remote()
     holder = PolicyHolder("cpu")
     for version, mode in enumerate(("adapter", "merged", "adapter")):
         trained = adapted_model(DreamModel, mode, version)
-        held = state_dict_for_export(holder.at(publish(store, trained, version, pinned=())))
+        held = state_dict_for_export(holder.at(put_model(trained, version)))
         assert all(torch.equal(held[name], tensor) for name, tensor in state_dict_for_export(trained).items())
-    ray.kill(store)

@@ -58,9 +58,9 @@ def test_updates_equal_plain_torch(ray_cluster, tuned_model: Path, tmp_path: Pat
     tokenizer = load_policy_tokenizer(config.model)
     model = load_policy(config.model, tokenizer, seed=0)
     batches = [random_batch(config, model, seed) for seed in range(STEPS)]
-    with running(config, tokenizer) as (group, store):
+    with running(config, tokenizer) as group:
         results = [group.update(ray.put(batch)) for batch in batches]
-        weights = group.publish(store, ())
+        weights = group.publish()
         trained = fetch(weights)
     expected = plain_updates(config, model, batches)
     assert [r.version for r in results] == [1, 2] and weights.version == 2

@@ -32,7 +32,7 @@ def trained(
 ) -> tuple[list[UpdateResult], Tensors, Learner]:
     """Updates on the batches and the weights after them; `disturb(group, number)` is called before each, and the group is
     saved after every `save_every` of them."""
-    with running(config, load_policy_tokenizer(config.model)) as (group, store):
+    with running(config, load_policy_tokenizer(config.model)) as group:
         results = []
         for number, batch in enumerate(batches):
             if disturb is not None:
@@ -42,7 +42,7 @@ def trained(
                 group.save(Path(config.run_dir) / f"after-{number + 1}")
         if disturb is not None:
             disturb(group, len(batches))
-        return results, dict(fetch(group.publish(store, ()))), group
+        return results, dict(fetch(group.publish())), group
 
 
 def batches_for(config: RLConfig, count: int) -> list[TrainBatch]:
@@ -206,16 +206,16 @@ def test_a_saved_state_goes_on(ray_cluster, tuned_model, tmp_path, learner: dict
     config = config_of(tuned_model, tmp_path / "first", learner=learner)
     batches = batches_for(config, STEPS)
     tokenizer = load_policy_tokenizer(config.model)
-    with running(config, tokenizer) as (group, store):
+    with running(config, tokenizer) as group:
         group.update(ray.put(batches[0]))
         kept = tmp_path / "after-1"
         group.save(kept)
         last = group.update(ray.put(batches[1]))
-        expected = dict(fetch(group.publish(store, ())))
-    with running(config_of(tuned_model, tmp_path / "second", learner=learner), tokenizer) as (group, store):
+        expected = dict(fetch(group.publish()))
+    with running(config_of(tuned_model, tmp_path / "second", learner=learner), tokenizer) as group:
         assert group.load(kept) == 1
         assert group.update(ray.put(batches[1])) == last
-        assert_same(dict(fetch(group.publish(store, ()))), expected)
+        assert_same(dict(fetch(group.publish())), expected)
 
 
 def test_another_layout_is_refused_in_one_line(tmp_path):
@@ -313,12 +313,12 @@ def test_stage_3_holds_parts_and_publishes_them_bucket_by_bucket(ray_cluster, tu
             for entries, bucket in buckets
         ]
 
-    with running(config, load_policy_tokenizer(config.model)) as (group, store):
+    with running(config, load_policy_tokenizer(config.model)) as group:
         group.update(ray.put(batch))
         ranks: list[Any] = group.ranks
         assert ray.get([rank.__ray_call__.remote(whole_elements) for rank in ranks]) == [0, 0]
         nothing, buckets = ray.get([rank.__ray_call__.remote(export) for rank in ranks])
-        expected = dict(fetch(group.publish(store, ())))
+        expected = dict(fetch(group.publish()))
     largest = max(tensor.nbytes for tensor in expected.values())
     assert nothing == []  # the rank that does not write takes part in the gathering and keeps nothing
     assert len(buckets) > 5 and all(size <= max(60_000, largest) for size, _, _ in buckets)
@@ -356,17 +356,17 @@ def test_recompute_runs_layers_again(ray_cluster, tuned_model, tmp_path, recompu
 def test_adapters_are_trained_and_published_from_any_stage(
     ray_cluster, tuned_model, tmp_path, learner: dict, mode: str
 ):
-    """As one rank does it, through a death: the base that the store keeps is used again."""
+    """As one rank does it, through a death: the base is published once."""
     model = {"lora": {"rank": 4, "alpha": 16.0, "publish": mode}}
 
     def run(folder: str, learner: dict, disturb: Any) -> Tensors:
         config = config_of(tuned_model, tmp_path / folder, learner=learner, model=model)
-        with running(config, load_policy_tokenizer(config.model)) as (group, store):
-            versions = [group.publish(store, ())]
+        with running(config, load_policy_tokenizer(config.model)) as group:
+            versions = [group.publish()]
             for number, batch in enumerate(batches_for(config, STEPS)):
                 disturb(group, number)
                 group.update(ray.put(batch))
-                versions.append(group.publish(store, ()))
+                versions.append(group.publish())
             assert len({weights.tensors for weights in versions}) == (1 if mode == "adapter" else STEPS + 1)
             return dict(fetch(versions[-1]))
 

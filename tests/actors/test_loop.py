@@ -1,7 +1,7 @@
 """The whole loop on real actors, judged by real verdicts; its numbers depend on nothing but seed and config."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,6 @@ import ray
 import torch
 
 from actors.driver import Run, train
-from actors.groups import Pipeline
 from actors.rollout import RolloutWorker
 from actors.telemetry import SAMPLING_METRICS
 from diffrl.config import ModelConfig, RLConfig
@@ -19,7 +18,7 @@ from diffrl.models.folders import load_model, load_state_dict, save_model
 from diffrl.models.loading import load_policy_tokenizer
 from diffrl.rollout_store import read_all
 from diffrl.saved_batch import load_batch
-from diffrl.types import RolloutGroup, ScoredGroup, ScoringBatch
+from diffrl.types import RolloutGroup
 from tests.actors.conftest import opened, rl_config
 
 VOLATILE = ("time/", "restarts/", "memory/", "pool/", "weights/", *SAMPLING_METRICS)
@@ -82,17 +81,15 @@ def test_number_of_workers_changes_nothing(plain_run: Path, tuned_model, problem
     assert metric_lines(tmp_path / "two") == metric_lines(plain_run)
 
 
-class Backwards(Pipeline):
-    """Hands out finished groups in the reverse of the order in which they were asked for."""
-
-    def run(self, *args, **kwargs) -> Iterator[ScoredGroup]:
-        return iter(sorted(super().run(*args, **kwargs), key=lambda scored: -scored.group.ordinal))
-
-
 class OutOfOrder(Run):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.pipeline = Backwards(self.system.rollouts, self.system.judges, judge_attempts=1)
+    """Groups come in late, and backwards."""
+
+    def advance(self, beside: Sequence[ray.ObjectRef] = ()) -> list[ray.ObjectRef]:
+        ready = self.pipeline.advance(beside)
+        if not self.pipeline.busy:
+            for scored in reversed(self.pipeline.taken()):
+                self.buffer.commit(scored)
+        return ready
 
 
 @pytest.mark.slow
@@ -104,12 +101,12 @@ def test_order_of_finishing_changes_nothing(plain_run: Path, tuned_model, proble
 class Interrupted(Run):
     """Loses workers in the middle of a step."""
 
-    def score_reference(self, group: RolloutGroup) -> ScoringBatch:
+    def score_reference(self, group: RolloutGroup) -> None:
         if group.ordinal in (1, 6):
             ray.kill(self.system.rollouts.workers[group.ordinal % 2])
             ray.kill(self.system.judges.workers[0])
             ray.kill(self.system.reference.workers[0])
-        return super().score_reference(group)
+        super().score_reference(group)
 
 
 def run_with(run_class: type[Run], config: RLConfig) -> Run:
@@ -142,14 +139,14 @@ def test_workers_above_their_memory_limit_are_replaced_and_change_nothing(
 class Spoiled(Run):
     """Draws a view with an infinite weight in the third group of the second step and in all that follow."""
 
-    def score_reference(self, group: RolloutGroup) -> ScoringBatch:
-        batch = super().score_reference(group)
-        if group.ordinal < 6:
-            return batch
-        views = tuple(replace(v, weight_SBC=v.weight_SBC.clone()) for v in batch.views)
-        for view in views:
-            view.weight_SBC[0, 0, 0] = torch.inf
-        return replace(batch, views=views)
+    def score_reference(self, group: RolloutGroup) -> None:
+        super().score_reference(group)
+        if group.ordinal >= 6:
+            batch = self.scoring[group.ordinal]
+            views = tuple(replace(v, weight_SBC=v.weight_SBC.clone()) for v in batch.views)
+            for view in views:
+                view.weight_SBC[0, 0, 0] = torch.inf
+            self.scoring[group.ordinal] = replace(batch, views=views)
 
 
 def test_a_run_stops_when_too_many_steps_are_skipped(plain_run: Path, tuned_model, problems_file, tmp_path):

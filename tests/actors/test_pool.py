@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-import torch
 
 from actors.groups import GroupBuffer, Pipeline, Request
 from actors.pool import Done, WorkerPool, WorkersKeepDyingError, next_outcome
 from actors.reward import NOT_JUDGED
-from actors.weights import Entry, Tensors, Weights, WeightStore, fetch, pack
+from actors.weights import Entry, Tensors, Weights, fetch
 from diffrl.config import SupervisionConfig
 from diffrl.sampler import SamplingParams
 from diffrl.types import Judgement, Problem, Rollout, RolloutGroup, ScoredGroup
@@ -153,7 +152,7 @@ def test_workers_that_always_die_end_the_run(ray_cluster):
         pool.close()
 
 
-def test_buffer_gives_groups_in_order_of_ordinals():
+def test_a_buffer_holds_as_many_groups_as_it_may():
     buffer = GroupBuffer(capacity=3)
     for ordinal in (4, 5, 6):
         buffer.reserve(ordinal)
@@ -161,8 +160,9 @@ def test_buffer_gives_groups_in_order_of_ordinals():
         buffer.reserve(7)
     for ordinal in (6, 4):
         buffer.commit(ScoredGroup(group=group_of(ordinal), judgements=(PASSED, PASSED)))
+    assert [buffer.holds(ordinal) for ordinal in (4, 5, 6, 7)] == [True, False, True, False]
     with pytest.raises(AssertionError):
-        buffer.take(3)  # 5 is still on its way
+        buffer.take([4, 5, 6])  # 5 is still on its way
 
 
 def test_buffer_keeps_what_is_not_taken():
@@ -171,28 +171,11 @@ def test_buffer_keeps_what_is_not_taken():
         buffer.reserve(ordinal)
     for ordinal in (2, 0, 1):
         buffer.commit(ScoredGroup(group=group_of(ordinal), judgements=(PASSED, PASSED)))
-    assert [s.group.ordinal for s in buffer.take(2)] == [0, 1]
+    assert [s.group.ordinal for s in buffer.look([0, 1])] == [0, 1]
+    assert [s.group.ordinal for s in buffer.take([0, 1])] == [0, 1]
     buffer.reserve(3)
-    assert [s.group.ordinal for s in buffer.take(1)] == [2]
-
-
-def stored(store: WeightStore, version: int, state: dict[str, torch.Tensor]) -> Weights:
-    entries, buckets = pack(state)
-    hashes, refs = zip(*map(store.put, buckets), strict=True)
-    tensors = Tensors(entries=entries, hashes=hashes, buckets=refs)
-    weights = Weights(version=version, hf_config={}, num_tokens=None, tensors=tensors, adapter=None)
-    store.commit(weights, pinned=(0,))
-    return weights
-
-
-def test_store_keeps_two_versions_and_the_pinned_one(ray_cluster):
-    store = WeightStore()
-    for version in range(4):
-        state = {"w": torch.full((3,), float(version)), "b": torch.tensor([version], dtype=torch.bfloat16)}
-        fetched = fetch(stored(store, version, state))
-        assert fetched.keys() == state.keys()
-        assert all(fetched[name].equal(tensor) for name, tensor in state.items())
-    assert sorted(store.versions) == [0, 2, 3]
+    buffer.drop(3)
+    assert [s.group.ordinal for s in buffer.take([2])] == [2] and not buffer.slots
 
 
 def test_damaged_weights_are_refused(ray_cluster):

@@ -1,6 +1,7 @@
 """The reference policy: scores on any number of workers, refreshed by copy or by mixture."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from actors.driver import Run
 from actors.pool import WorkerPool
 from actors.reference import Reference
 from actors.system import spawner
-from actors.weights import Weights, WeightStore, fetch, fill_bucket, plan_buckets, stream
+from actors.weights import Weights, fetch, fill_bucket, plan_buckets, received, sealed
 from diffrl.config import RLConfig
 from diffrl.models.folders import load_model, state_dict_for_export
 from diffrl.scoring import completion_logprobs
@@ -22,13 +23,11 @@ from tests.actors.test_loop import metric_lines
 BUCKET_BYTES = 100_000  # several buckets for the small model
 
 
-def published(store, version: int, state: dict[str, torch.Tensor], hf_config: dict) -> Weights:
+def published(version: int, state: dict[str, torch.Tensor], hf_config: dict) -> Weights:
     plan = plan_buckets({name: tensor.nbytes for name, tensor in state.items()}, BUCKET_BYTES)
     buckets = (fill_bucket({name: state[name] for name in names}, i) for i, names in enumerate(plan))
-    tensors = stream(store, buckets)
-    weights = Weights(version=version, hf_config=hf_config, num_tokens=None, tensors=tensors, adapter=None)
-    ray.get(store.commit.remote(weights, ()))
-    return weights
+    tensors = received([ray.put(piece) for piece in sealed(buckets)])
+    return Weights(version=version, hf_config=hf_config, num_tokens=None, tensors=tensors, adapter=None)
 
 
 def test_scores_and_mixtures(ray_cluster, tuned_model: Path, tmp_path: Path):
@@ -37,15 +36,13 @@ def test_scores_and_mixtures(ray_cluster, tuned_model: Path, tmp_path: Path):
     old = {name: tensor.clone() for name, tensor in state_dict_for_export(model).items()}
     generator = torch.Generator().manual_seed(0)
     new = {name: t + 0.01 * torch.randn(t.shape, generator=generator) for name, t in old.items()}
-    store = ray.remote(WeightStore).options(num_cpus=0.1).remote()
     pool = WorkerPool(spawner(Reference, {"num_cpus": 0.1}, threads=1, attend_padding=False), 2)
     try:
-        reference, policy = (published(store, v, s, model.hf_config) for v, s in ((0, old), (7, new)))
+        reference, policy = (published(v, s, model.hf_config) for v, s in ((0, old), (7, new)))
         assert len(reference.tensors.buckets) > 2
         end(pool.workers[0])  # the call is made again on the worker in its place
-        mixed = pool.call("mixed", policy, reference, 0.6, store)
-        assert pool.num_restarts == 1
-        assert mixed.version == -7 and mixed.num_bytes == policy.num_bytes
+        mixed = replace(policy, version=-7, tensors=received(pool.call("mixed", policy, reference, 0.6)))
+        assert pool.num_restarts == 1 and mixed.num_bytes == policy.num_bytes
         expected = {name: 0.4 * old[name] + 0.6 * new[name] for name in old}
         got = dict(fetch(mixed))
         for name, tensor in expected.items():
@@ -60,7 +57,6 @@ def test_scores_and_mixtures(ray_cluster, tuned_model: Path, tmp_path: Path):
             torch.testing.assert_close(scores_IBC, torch.stack(exact), rtol=1e-5, atol=1e-4)
     finally:
         pool.close()
-        ray.kill(store)
 
 
 def run_of(config: RLConfig) -> list[tuple[int, dict[str, torch.Tensor], dict[str, torch.Tensor]]]:

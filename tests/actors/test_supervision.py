@@ -170,8 +170,16 @@ def test_a_group_that_breaks_the_reference_leaves_the_pipeline(ray_cluster):
         reference.submit(group.ordinal, "logprobs", group.ordinal)
 
     try:
-        pipeline = Pipeline(rollouts, judges, judge_attempts=1)
-        list(pipeline.run(requests(4), on_sampled, reference, scores.__setitem__, on_given_up))
+        pipeline = Pipeline(
+            rollouts,
+            judges,
+            judge_attempts=1,
+            also=reference,
+            on_sampled=on_sampled,
+            on_also=scores.__setitem__,
+            on_given_up=on_given_up,
+        )
+        pipeline.run(requests(4))
         assert scores == {0: 0, 1: 1, 3: 3}
         assert [ordinal for ordinal, _ in given_up] == [2] and "Reference 0" in given_up[0][1]
         assert not any(pool.busy for pool in (rollouts, judges, reference))
@@ -285,7 +293,7 @@ def test_a_problem_that_kills_its_workers_is_left_out(tuned_model, problems_file
     supervision = {"problem_attempts": 2, "backoff_s": 0.1}
     folder = run_poisoned(rl_config(tuned_model, problems_file, tmp_path / "run", supervision=supervision), victim)
     (entry,) = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
-    assert entry.keys() == {"problem_id", "ordinal", "reason"} and entry["problem_id"] == victim
+    assert entry.keys() == {"problem_id", "ordinal", "since", "reason"} and entry["problem_id"] == victim
     assert entry["ordinal"] < 6 and "Poisoned 0 (pid " in entry["reason"]
     table = read_all(folder / "rollouts").to_pylist()
     assert len(table) == 3 * 4 * 4 and victim not in {row["problem_id"] for row in table}

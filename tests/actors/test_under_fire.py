@@ -145,7 +145,7 @@ def test_every_program_gets_its_verdict_or_none(
     sniper = Sniper(container_engine, judges)
     sniper.start()
     try:
-        scored = list(Pipeline(rollouts, judges, judge_attempts=3).run(requests))
+        scored = Pipeline(rollouts, judges, judge_attempts=3).run(requests)
     finally:
         sniper.over.set()
         sniper.join()

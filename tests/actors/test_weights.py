@@ -1,16 +1,31 @@
 """Weights on the wire: packed and unpacked bit for bit, in buckets that keep to their size."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import ray
 import torch
 from transformers import LlamaConfig, Qwen2Config
 
-from actors.weights import Entry, PackedState, Tensors, Weights, WeightStore, fetch, layers_of, pack
+from actors.weights import (
+    Contents,
+    Entry,
+    PackedState,
+    Weights,
+    fetch,
+    fill_bucket,
+    layers_of,
+    pack,
+    plan_buckets,
+    received,
+    sealed,
+)
 from diffrl.models.dream import DreamModel
 from diffrl.models.folders import build_model, state_dict_for_export
 from diffrl.models.llada import LladaModel
+from tests.actors.learner_case import end
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int8, torch.uint8, torch.bool)
 
@@ -98,36 +113,30 @@ def test_packing_copies():
     assert dict(PackedState(entries, buckets))["w"].tolist() == [1.0] * 4
 
 
-def weights_of(store: WeightStore, version: int, state: dict[str, torch.Tensor], bucket_bytes: int) -> Weights:
-    entries, buckets = pack(state, bucket_bytes)
-    hashes, refs = zip(*(store.put(bucket) for bucket in buckets), strict=True)
-    tensors = Tensors(entries=entries, hashes=hashes, buckets=refs)
-    return Weights(version=version, hf_config={}, num_tokens=None, tensors=tensors, adapter=None)
+class Maker:
+    """What a learner's rank is here: somebody whose process may die."""
+
+    @ray.method(num_returns="streaming")
+    def export(self, state: dict[str, torch.Tensor], fail: bool) -> Iterator[np.ndarray | Contents]:
+        plan = plan_buckets({name: tensor.nbytes for name, tensor in state.items()}, 32)
+        pieces = sealed(fill_bucket({name: state[name] for name in names}, i) for i, names in enumerate(plan))
+        yield next(pieces)
+        if fail:
+            raise OSError("half of it")
+        yield from pieces
 
 
-def test_a_version_exists_once_it_is_committed(ray_cluster):
+def test_buckets_outlive_who_made_them(ray_cluster):
+    """They belong to the caller, which is why no actor has to keep them."""
     state = {str(i): torch.full((4,), float(i)) for i in range(6)}
-    store = WeightStore()
-    weights = weights_of(store, 1, state, 32)
-    assert store.versions == {}
-    store.commit(weights, ())
-    assert store.versions == {1: weights}
+    maker = ray.remote(Maker).options(num_cpus=0.1).remote()
+    tensors = received(list(maker.export.remote(state, False)))
+    with pytest.raises(OSError, match="half of it"):
+        received(list(maker.export.remote(state, True)))
+    end(maker)
+    weights = Weights(version=1, hf_config={}, num_tokens=None, tensors=tensors, adapter=None)
+    assert len(tensors.buckets) == 3 and weights.num_bytes == 96
     assert_same(dict(fetch(weights)), state)
-    assert weights.num_bytes == 96
-
-
-def test_the_store_keeps_two_versions_and_what_is_pinned(ray_cluster):
-    store = WeightStore()
-
-    def put(version: int, pinned: tuple[int, ...]) -> list[int]:
-        store.commit(weights_of(store, version, {"w": torch.ones(2)}, 100), pinned)
-        return sorted(store.versions)
-
-    assert put(0, ()) == [0]
-    assert put(1, (0,)) == [0, 1]
-    assert put(2, (0,)) == [0, 1, 2]
-    assert put(-2, (-2,)) == [-2, 1, 2]  # a mixture is older than every policy
-    assert put(3, (-2,)) == [-2, 2, 3]
 
 
 def test_a_weight_and_its_adapters_stay_together():
