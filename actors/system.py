@@ -106,7 +106,8 @@ class System:
 
 def spawner(actor_class: type, options: dict[str, Any], *args: Any, **kwargs: Any) -> Callable[[], Any]:
     """A function that starts one such actor. Restarts are the pool's business, so Ray itself does none."""
-    remote = ray.remote(**options, max_restarts=0, max_task_retries=0, concurrency_groups={QUESTIONS: 1})(actor_class)
+    settings: Any = {**options, "max_restarts": 0, "max_task_retries": 0, "concurrency_groups": {QUESTIONS: 1}}
+    remote: Any = ray.remote(**settings)(actor_class)
     return lambda: remote.remote(*args, **kwargs)
 
 
