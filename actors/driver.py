@@ -18,7 +18,7 @@ from actors.disk import size_mb, wait_for_room
 from actors.evaluate import Evaluator, PassRates, read_report
 from actors.learner import Learner
 from actors.prepare import Prepared, prepare
-from actors.processes import resident_mb
+from actors.processes import one_line, resident_mb
 from actors.run_start import REPORT_BEFORE, RunStart, begin, check_resume
 from actors.saving import export_adapter, export_policy, write_checkpoint
 from actors.system import System
@@ -28,6 +28,7 @@ from diffrl.batches import StepRollouts, rollout_metrics, train_batch
 from diffrl.checkpoint import RunState
 from diffrl.config import RLConfig
 from diffrl.errors import RunStoppedError
+from diffrl.mirror import Mirror
 from diffrl.rollout_store import write_step
 from diffrl.run_folder import read_run, require_newest, write_run
 from diffrl.saved_batch import save_batch
@@ -282,6 +283,19 @@ class Run(Collector):
             self.save_groups if self.asked else None,
             keep=self.config.checkpoint.keep,
         )
+        self.copy_checkpoint(steps)
+
+    def copy_checkpoint(self, steps: int) -> None:
+        """To `checkpoint.copy_to`. A copy that fails is no reason to stop: the run's own checkpoint is there."""
+        settings = self.config.checkpoint
+        if settings.copy_to is None:
+            return
+        try:
+            Mirror(settings.copy_to).push(self.folder, steps, keep=settings.keep)
+        except Exception as error:  # of whatever service is behind the address
+            self.telemetry.say(
+                f"checkpoint.copy_to: step {steps} could not be copied ({one_line(error)}); the run goes on"
+            )
 
     def wait_for_room(self, mb: int = 0) -> None:
         """Until the disk has room for so much, and what it should have in any case."""

@@ -16,6 +16,7 @@ from diffrl.config import AnyConfig, PretrainConfig, RLConfig, SandboxConfig, Sf
 from diffrl.data.sources import problems_of
 from diffrl.errors import ConfigError, shown
 from diffrl.estimators import ESTIMATORS
+from diffrl.mirror import Mirror
 from diffrl.models.base import PolicyModel
 from diffrl.models.loading import check_policy, load_policy_tokenizer
 from diffrl.prompts import chat_ids
@@ -49,6 +50,8 @@ def prepare(config: RLConfig) -> Prepared:
     with said_in_a_line(config):
         check_run_folder(Path(config.run_dir), config.model.path)
         check_devices(config)
+        if config.checkpoint.copy_to is not None:
+            Mirror(config.checkpoint.copy_to)
         sandbox, sandbox_reason = choose_sandbox(config.sandbox)
         tokenizer = load_policy_tokenizer(config.model)
         model = check_policy(config.model, tokenizer)

@@ -8,9 +8,10 @@ from diffrl.checkpoint import RunState, last_checkpoint
 from diffrl.config import RLConfig
 from diffrl.config_file import load_config
 from diffrl.errors import ConfigError
+from diffrl.mirror import Mirror
 from diffrl.quarantine import QUARANTINE
 from diffrl.resume import Difference, differences
-from diffrl.run_folder import METRICS, Attempt, claim_attempt, create_run_folder, unfinished_run
+from diffrl.run_folder import METRICS, Attempt, check_run_folder, claim_attempt, create_run_folder, unfinished_run
 
 REPORT_BEFORE = "report_before.json"
 
@@ -83,6 +84,11 @@ def begin(config: RLConfig, resume: str | None, **facts: dict[str, str]) -> RunS
     A branch gets a folder of its own, with the lines of metrics.jsonl, the quarantine and the report before training of
     where it comes from. Raises ConfigError.
     """
+    if resume in ("auto", "last") and config.checkpoint.copy_to is not None:
+        folder = Path(config.run_dir)
+        check_run_folder(folder, config.model.path)
+        if not (folder / "run.json").exists():
+            Mirror(config.checkpoint.copy_to).pull(folder)
     checkpoint = check_resume(config, resume)
     said: tuple[str, ...] = ()
     run = unfinished_run(config) if resume in ("auto", "last") else None

@@ -222,6 +222,9 @@ class RLCheckpoint(CheckpointConfig):
     """The whole run's state: what `--resume` goes on from, and a learner group that lost a rank."""
 
     every: Positive = 20
+    # Every checkpoint is copied there too: a folder or an address of fsspec (s3://...). Where run_dir is empty, --resume
+    # begins with the newest copy. None: no copies.
+    copy_to: str | None = None
 
 
 class SandboxConfig(Section):

@@ -250,7 +250,9 @@ MISTAKES = [
         "True",
         "must be false when share_t is batch: one t has nothing to lie evenly among",
     ),
-    ("rl", "rollout.max_staleness=1", "rollout.max_staleness", "1", "must be 0: asynchronous rollouts are not available"),
+    ("rl", "rollout.max_staleness=-1", "rollout.max_staleness", "-1", "must be greater than or equal to 0"),
+    ("rl", "checkpoint.copy_to=nowhere://bucket", "checkpoint.copy_to", "'nowhere://bucket'", "name a folder or an address"),
+    ("rl", "learner.keep_batches=-1", "learner.keep_batches", "-1", "must be greater than or equal to 0"),
     ("rl", "eval.every=5", "eval.problems", "None", "must be set when eval.every is"),
     ("rl", "stop.patience=2", "eval.every", "None", "must be set when stop.patience is"),
     (

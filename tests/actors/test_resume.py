@@ -30,6 +30,7 @@ from diffrl.config import RLConfig
 from diffrl.config_file import dump_config
 from diffrl.data.sources import prompt_stream
 from diffrl.errors import ConfigError, RunStoppedError
+from diffrl.mirror import Mirror
 from diffrl.models.folders import load_state_dict
 from diffrl.rollout_store import read_all
 from diffrl.run_folder import MetricsFile, claim_attempt, read_run, require_newest
@@ -298,6 +299,21 @@ def test_a_branch_with_the_same_config_is_the_same_run(calm, tuned_model, proble
     config = config_of(tuned_model, problems_file, tmp_path / "same", other_problems)
     train(config, resume=str(checkpoint_path(calm, 4)))
     assert metric_lines(tmp_path / "same") == metric_lines(calm)
+
+
+@pytest.mark.slow
+def test_a_lost_run_folder_comes_back_from_the_copy(
+    calm, ray_cluster, tuned_model, problems_file, other_problems, tmp_path
+):
+    checkpoint = {"every": 2, "copy_to": f"file://{tmp_path}/copy"}
+    config = config_of(tuned_model, problems_file, tmp_path / "run", other_problems, checkpoint=checkpoint)
+    killed(config, ray_cluster, "updating", 4)
+    shutil.rmtree(tmp_path / "run")
+    train(config, resume="last")
+    assert metric_lines(tmp_path / "run") == metric_lines(calm)
+    left, right = load_state_dict(tmp_path / "run" / "model"), load_state_dict(calm / "model")
+    assert all(tensor.equal(right[name]) for name, tensor in left.items())
+    assert Mirror(str(tmp_path / "copy")).steps() == [4, 6]
 
 
 @pytest.mark.slow
