@@ -62,18 +62,26 @@ def train(
     rollouts_from: Annotated[
         str | None, typer.Option(help="rl: learn from the rollouts of this run instead of sampling")
     ] = None,
+    profile: Annotated[int | None, typer.Option(help="rl: write traces of this step to run_dir/profile")] = None,
 ) -> None:
     """Run one stage: pretrain, midtrain, sft or rl, whatever the config says."""
     from diffrl.config import RLConfig
     from diffrl.config_file import load_config
 
     resolved = load_config(config, overrides or [])
-    if rollouts_only or rollouts_from is not None:
-        if not isinstance(resolved, RLConfig) or dry_run or resume or (rollouts_only and rollouts_from is not None):
-            raise ConfigError("--rollouts-only, --rollouts-from: one of them alone, with a config of stage rl")
+    parts = {"--rollouts-only": rollouts_only, "--rollouts-from": rollouts_from, "--profile": profile}
+    if asked := [option for option, value in parts.items() if value not in (None, False)]:
+        if not isinstance(resolved, RLConfig) or dry_run or len(asked) > 1 or (resume and profile is None):
+            raise ConfigError(f"{', '.join(asked)}: one of {', '.join(parts)} alone, with a config of stage rl")
         from actors.debug import learn_from, sample
+        from actors.profiling import train_profiled
 
-        sample(resolved) if rollouts_from is None else learn_from(resolved, Path(rollouts_from))
+        if profile is not None:
+            train_profiled(resolved, profile, resume=resume)
+        elif rollouts_from is not None:
+            learn_from(resolved, Path(rollouts_from))
+        else:
+            sample(resolved)
         return
     if dry_run:
         from actors.dry_run import dry_run as check

@@ -14,7 +14,7 @@ import ray
 import torch
 
 from actors.collector import Collector
-from actors.disk import size_mb, wait_for_room
+from actors.disk import free_mb, size_mb, wait_for_room
 from actors.evaluate import Evaluator, PassRates, read_report
 from actors.learner import Learner
 from actors.prepare import Prepared, prepare
@@ -160,7 +160,7 @@ class Run(Collector):
         """Write the step's rollouts; RunStoppedError when too many of them could not be judged to learn from the rest, and
         when this is no longer the newest start of the run."""
         require_newest(self.folder, self.start.attempt)
-        self.wait_for_room()
+        self.wait_for_room(self.config.supervision.min_free_mb)
         sampled = [*drawn.scored, *drawn.replaced]
         num_replaced = len(drawn.replaced) * self.config.method.group_size  # whose rewards are equal: advantage 0
         advantages_B = torch.nn.functional.pad(batch.advantages_B, (0, num_replaced)).numpy()
@@ -256,8 +256,6 @@ class Run(Collector):
     def save(self, steps: int, *, ended: bool) -> None:
         """Commit a checkpoint after so many steps."""
         self.settle()
-        last = self.learner.saved
-        self.wait_for_room(0 if last is None else size_mb(last.parent))
         apart = self.config.num_reference_workers > 0 and self.reference.version != self.weights.version
         rate, step = self.best or (None, None)
         self.state = RunState(
@@ -273,16 +271,25 @@ class Run(Collector):
             best_step=step,
             ended=ended,
         )
-        write_checkpoint(
-            self.start,
-            self.state,
-            self.learner,
-            self.weights,
-            self.reference if apart else None,
-            self.prepared.tokenizer,
-            self.save_groups if self.asked else None,
-            keep=self.config.checkpoint.keep,
-        )
+        last = self.learner.saved
+        needed_mb = self.config.supervision.min_free_mb + (0 if last is None else size_mb(last.parent))
+        while True:
+            self.wait_for_room(needed_mb)
+            try:
+                write_checkpoint(
+                    self.start,
+                    self.state,
+                    self.learner,
+                    self.weights,
+                    self.reference if apart else None,
+                    self.prepared.tokenizer,
+                    self.save_groups if self.asked else None,
+                    keep=self.config.checkpoint.keep,
+                )
+                break
+            except (RunStoppedError, OSError):
+                if free_mb(self.folder) >= needed_mb:
+                    raise  # it was not for want of room
         self.copy_checkpoint(steps)
 
     def copy_checkpoint(self, steps: int) -> None:
@@ -297,14 +304,14 @@ class Run(Collector):
                 f"checkpoint.copy_to: step {steps} could not be copied ({one_line(error)}); the run goes on"
             )
 
-    def wait_for_room(self, mb: int = 0) -> None:
-        """Until the disk has room for so much, and what it should have in any case."""
+    def wait_for_room(self, needed_mb: int) -> None:
+        """Until so much is free where the run is written."""
 
         def wait() -> None:
             self.system.watchdog.progress()
             self.advance()
 
-        wait_for_room(self.folder, mb + self.config.supervision.min_free_mb, wait, self.telemetry.say)
+        wait_for_room(self.folder, needed_mb, wait, self.telemetry.say)
 
     def report_before(self) -> dict[str, PassRates] | None:
         """The report before training, of an earlier start of the run if there was one."""

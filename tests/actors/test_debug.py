@@ -9,6 +9,7 @@ import pytest
 from actors.cli import main
 from actors.debug import learn_from, replay, sample
 from actors.driver import train
+from actors.profiling import train_profiled
 from diffrl.config import RLConfig
 from diffrl.errors import ConfigError
 from diffrl.models.folders import load_state_dict
@@ -95,3 +96,19 @@ def test_a_batch_that_was_changed_is_noticed(whole, capsys):
     finally:
         note.write_text(text)
     assert "differs" in capsys.readouterr().out
+
+
+def test_traces_of_a_step(ray_cluster, tuned_model, problems_file, tmp_path):
+    config = config_of(
+        tuned_model, problems_file, tmp_path / "run", learner={"num_ranks": 2}, rollout={"num_workers": 2}
+    )
+    train_profiled(config, 2)
+    folder = tmp_path / "run" / "profile"
+    names = {"rollout-0", "rollout-1", "reference-0", "learner-0", "learner-1"}
+    assert {file.stem for file in folder.iterdir()} == {*names, "ray"}
+    for name in names:
+        events = json.loads((folder / f"{name}.json").read_text())["traceEvents"]
+        assert any(event["name"] in ("aten::mm", "aten::addmm", "aten::linear") for event in events), name
+    assert any("generate" in event["name"] for event in json.loads((folder / "ray.json").read_text()))
+    with pytest.raises(ConfigError, match=r"^--profile: 4 must be one of the run's steps, 1 to 3"):
+        train_profiled(config, 4)
