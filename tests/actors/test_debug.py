@@ -104,7 +104,7 @@ def test_traces_of_a_step(ray_cluster, tuned_model, problems_file, tmp_path):
     )
     train_profiled(config, 2)
     folder = tmp_path / "run" / "profile"
-    names = {"rollout-0", "rollout-1", "reference-0", "learner-0", "learner-1"}
+    names = {"rollout-0", "reference-0", "learner-0", "learner-1"}
     assert {file.stem for file in folder.iterdir()} == {*names, "ray"}
     for name in names:
         events = json.loads((folder / f"{name}.json").read_text())["traceEvents"]
