@@ -81,7 +81,7 @@ def test_compat_release_divides_by_local_token_counts(ray_cluster, tuned_model: 
     tokenizer = load_policy_tokenizer(config.model)
     model = load_policy(config.model, tokenizer, seed=0)
     batch = random_batch(config, model, 5)
-    with running(config, tokenizer) as (group, _):
+    with running(config, tokenizer) as group:
         result = group.update(ray.put(batch))
     assert batch.ref_logprobs_IBC is not None
     with torch.no_grad():

@@ -181,7 +181,7 @@ def test_a_frozen_rank_is_a_lost_one(ray_cluster, tuned_model, tmp_path):
 def test_ranks_that_keep_dying_end_the_run(ray_cluster, tuned_model, tmp_path):
     config = config_of(tuned_model, tmp_path)
     batch = batches_for(config, 1)[0]
-    with running(config, load_policy_tokenizer(config.model)) as (group, _):
+    with running(config, load_policy_tokenizer(config.model)) as group:
         make_rank = group.make_rank
 
         def make_mortal(number: int):
@@ -341,7 +341,7 @@ def test_recompute_runs_layers_again(ray_cluster, tuned_model, tmp_path, recompu
 
         rank.model.backbone.model.layers[0].self_attn.register_forward_pre_hook(counted)
 
-    with running(config, load_policy_tokenizer(config.model)) as (group, _):
+    with running(config, load_policy_tokenizer(config.model)) as group:
         rank: Any = group.ranks[0]
         ray.get(rank.__ray_call__.remote(count))
         group.update(ray.put(batch))
