@@ -32,7 +32,7 @@ from diffrl.mirror import Mirror
 from diffrl.rollout_store import write_step
 from diffrl.run_folder import read_run, require_newest, write_run
 from diffrl.saved_batch import save_batch
-from diffrl.types import TrainBatch, UpdateResult
+from diffrl.types import Problem, TrainBatch, UpdateResult
 
 
 def train(
@@ -324,11 +324,10 @@ class Run(Collector):
         """Every number of the last line, for the current weights."""
         assert self.config.report is not None
         self.settle()
-        self.telemetry.say(f"{when} training: evaluating {len(self.prepared.report_problems)} held-out problems")
-        train = self.prepared.problems[:: max(1, len(self.prepared.problems) // self.config.report.num_train_problems)]
-        rates = self.evaluator.report(
-            self.prepared.report_problems, train[: self.config.report.num_train_problems], self.weights
-        )
+        held_out = spread(self.prepared.report_problems, self.config.report.num_problems)
+        train = spread(self.prepared.problems, self.config.report.num_train_problems)
+        self.telemetry.say(f"{when} training: evaluating {len(held_out)} held-out problems")
+        rates = self.evaluator.report(held_out, train, self.weights)
         self.telemetry.report(when, rates)
         return rates
 
@@ -343,6 +342,13 @@ class Run(Collector):
 def sandbox_choice(prepared: Prepared) -> dict[str, str]:
     """What judges in this run, and why."""
     return {"backend": prepared.config.sandbox.backend, "reason": prepared.sandbox_reason}
+
+
+def spread(problems: list[Problem], count: int | None) -> list[Problem]:
+    """So many of them, evenly spread."""
+    if count is None or count >= len(problems):
+        return problems
+    return [problems[number * len(problems) // count] for number in range(count)]
 
 
 class Clock:

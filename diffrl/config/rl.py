@@ -275,6 +275,7 @@ class ReportConfig(Section):
 
     problems: ProblemsConfig
     num_samples: Annotated[int, Field(ge=8)] = 8  # pass@8 is part of the report
+    num_problems: Positive | None = None  # so many of them, evenly spread; None: all
     num_train_problems: Positive = 100
 
 
