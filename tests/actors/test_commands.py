@@ -185,14 +185,14 @@ def test_config_and_dry_run_start_nothing(tmp_path: Path):
     command = readme("diffrl train configs/quickstart.yaml --dry-run", f"run_dir={tmp_path}/run")
     assert "nothing was started" in succeeds(command, RAY_ADDRESS="127.0.0.1:1")
     command = readme("diffrl train configs/quickstart.yaml --resume", f"run_dir={tmp_path}/run", "--dry-run")
-    assert "60 steps; nothing was started" in succeeds(command, RAY_ADDRESS="127.0.0.1:1")
+    assert "40 steps; nothing was started" in succeeds(command, RAY_ADDRESS="127.0.0.1:1")
     assert not (tmp_path / "run").exists()
 
 
 def test_the_doctor_finds_nothing_bad_here(tmp_path: Path):
     command = readme("diffrl doctor", f"run_dir={tmp_path}/run")
     stdout = succeeds(command)
-    assert re.search(r"^ok   config      ready: 3016 problems, 60 steps; nothing was started; ", stdout, re.MULTILINE)
+    assert re.search(r"^ok   config      ready: 3016 problems, 40 steps; nothing was started; ", stdout, re.MULTILINE)
     assert {line.split()[0] for line in stdout.splitlines()} <= {"ok", "warn"}
     assert not (tmp_path / "run").exists()
 
