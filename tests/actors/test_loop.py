@@ -9,7 +9,7 @@ import pytest
 import ray
 import torch
 
-from actors.driver import Run, train
+from actors.driver import Run, spread, train
 from actors.rollout import RolloutWorker
 from actors.telemetry import SAMPLING_METRICS
 from diffrl.config import ModelConfig, RLConfig
@@ -370,3 +370,8 @@ def test_an_exact_run_has_no_guard(plain_run: Path):
     for row in rows:
         assert row["rollout/forward_passes"] >= 10 and row["rollout/tokens_per_second"] > 0
         assert 0.5 < row["rollout/useful_share"] <= 1
+
+
+def test_a_part_of_the_problems_is_evenly_spread(problems):
+    assert [problems.index(p) for p in spread(problems, 4)] == [0, 1, 3, 4] and len(problems) == 6
+    assert spread(problems, None) == spread(problems, 6) == spread(problems, 100) == problems
