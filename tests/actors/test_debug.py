@@ -99,9 +99,7 @@ def test_a_batch_that_was_changed_is_noticed(whole, capsys):
 
 
 def test_traces_of_a_step(ray_cluster, tuned_model, problems_file, tmp_path):
-    config = config_of(
-        tuned_model, problems_file, tmp_path / "run", learner={"num_ranks": 2}, rollout={"num_workers": 2}
-    )
+    config = config_of(tuned_model, problems_file, tmp_path / "run", learner={"num_ranks": 2})
     train_profiled(config, 2)
     folder = tmp_path / "run" / "profile"
     names = {"rollout-0", "reference-0", "learner-0", "learner-1"}
