@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 import torch
+from torch._C._profiler import _ExperimentalConfig
 
 from actors.driver import Run, train
 from actors.pool import QUESTIONS
@@ -18,31 +19,33 @@ from diffrl.errors import ConfigError
 FOLDER = "profile"
 
 
-def train_profiled(config: RLConfig, step: int, *, resume: str | None = None) -> None:
+def train_profiled(config: RLConfig, number: int, *, resume: str | None = None) -> None:
     """A run as always, with traces of one of its steps (from 1)."""
-    if step < 1 or (config.train.steps is not None and step > config.train.steps):
-        raise ConfigError(f"--profile: {step} must be one of the run's steps, 1 to {config.train.steps or 'the last'}")
+    if number < 1 or (config.train.steps is not None and number > config.train.steps):
+        raise ConfigError(
+            f"--profile: {number} must be one of the run's steps, 1 to {config.train.steps or 'the last'}"
+        )
 
     class Profiled(Run):
-        def step(self, number: int) -> None:
-            if number + 1 != step:
-                super().step(number)
+        def step(self, step: int) -> None:
+            if step + 1 != number:
+                super().step(step)
                 return
             folder = (self.folder / FOLDER).resolve()
             folder.mkdir(exist_ok=True)
             for actor in self.named_actors().values():
                 ask(actor, begin)
-            super().step(number)
+            super().step(step)
             for name, actor in self.named_actors().items():
                 ask(actor, partial(end, file=folder / f"{name}.json"))
             ray.timeline(str(folder / "ray.json"))
-            self.telemetry.say(f"profile of step {step}: {folder}")
+            self.telemetry.say(f"profile of step {number}: {folder}")
 
         def named_actors(self) -> dict[str, Any]:
             """Those that compute."""
             pools = {"rollout": self.system.rollouts.workers, "reference": self.system.reference.workers}
             roles = {**pools, "learner": self.learner.ranks}
-            return {f"{role}-{number}": actor for role, actors in roles.items() for number, actor in enumerate(actors)}
+            return {f"{role}-{place}": actor for role, actors in roles.items() for place, actor in enumerate(actors)}
 
     train(config, resume=resume, run_class=Profiled)
 
@@ -54,7 +57,7 @@ def ask(actor: Any, look: Any) -> None:
 
 
 def begin(actor: Any) -> None:
-    everywhere = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    everywhere = _ExperimentalConfig(profile_all_threads=True)
     actor.profile = torch.profiler.profile(experimental_config=everywhere)
     actor.profile.start()
 
