@@ -1,6 +1,7 @@
 """Parts of an RL run by themselves: only rollouts, only learning from rollouts that are on the disk, one update again."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from diffrl.types import ScoredGroup
 
 def sample(config: RLConfig) -> None:
     """The rollouts of a run's steps with the weights that it would begin with: sampled, judged, written; nothing learns."""
+    started = time.perf_counter()
     config = config.model_copy(update={"report": None, "eval": EvalConfig()})
     prepared = prepare(config)
     start = begin(config, None, sandbox=sandbox_choice(prepared))
@@ -54,7 +56,7 @@ def sample(config: RLConfig) -> None:
                 f"step {step + 1:>4}/{prepared.num_steps}  reward {metrics['reward/mean']:.3f}  "
                 f"solved {100 * metrics['reward/solved_frac']:5.1f}%  {path}"
             )
-    write_run(start.folder, read_run(start.folder) | {"finished": True})
+    write_run(start.folder, read_run(start.folder) | {"finished": round(time.perf_counter() - started, 1)})
 
 
 # Learning
@@ -114,7 +116,8 @@ def replay(path: Path) -> bool:
     batches between, and print them beside those of the run. True when they are equal. Raises ConfigError; writes nothing."""
     run_folder, step = path.parent.parent, step_of(path)
     config = load_config(run_folder / "config.yaml")
-    assert isinstance(config, RLConfig)
+    if not isinstance(config, RLConfig):
+        raise ConfigError(f"{path}: {run_folder} is a run of stage {config.stage}; name a batch of an RL run")
     start, batches = way_to(run_folder, step)
     row = next(row for row in metrics_of(run_folder) if row["step"] == step and "loss/total" in row)
     prepared = prepare(config.model_copy(update={"run_dir": str(run_folder / "replay")}))

@@ -27,7 +27,6 @@ class Request:
     seeds: tuple[int, ...]
     params: SamplingParams
     weights: Weights
-    reference: Weights | None = None  # that is to score it
     guarded: tuple[int, ...] = ()  # indices of samples to take once more, exactly
 
 

@@ -131,7 +131,9 @@ class Learner:
         """Call a generator of all ranks at once; what rank 0's has yielded, by reference."""
         streams = [getattr(rank, method).remote(*args) for rank in self.ranks]
         self.answers(method, [stream.completed() for stream in streams])
-        return list(streams[0])
+        yielded = [list(stream) for stream in streams]
+        ray.get([ref for refs in yielded[1:] for ref in refs])  # nothing, or what another rank raised
+        return yielded[0]
 
     def answers(self, method: str, refs: "list[ray.ObjectRef]") -> list[Any]:
         """Of the first ranks, which were asked for these."""

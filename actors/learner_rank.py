@@ -8,7 +8,7 @@ sampled: the ratio of eq. 4 is r = pi / pi_k, 1 at the first iteration. What eq.
 E_(k-N)[min(r A, clip(r) A)]. Unbiased on-policy would be E_(k-N)[w min(...)] with w = pi_k / pi_(k-N) of the whole completion
 (the decoupled objective of AReaL, arXiv 2505.24298). It is left out: a diffusion model has no tractable w, and one made from
 estimates l (each a noisy bound under a few masks) is exp(l_k - l_(k-N)), whose noise is exponential in the sum over tokens.
-So the bias is that of N updates, each within the clip range; `make study-staleness` shows what it costs. And the clip range,
+So the bias is that of N updates, each within the clip range; `make study-staleness` measures what it costs. And the clip range,
 which bounds one step's move, is measured from where that step begins.
 
 Gradients are sums over ranks and micro-batches, and eq. 4 divides the sum over the whole step by ONE number of tokens,

@@ -39,7 +39,7 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalised(update: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """A matrix with the singular vectors of `update` and singular values near 1 (between 0.7 and 1.2, unless they were tiny
+    """A matrix with the singular vectors of `update` and singular values near 1 (between 0.6 and 1.3, unless they were tiny
     beside the largest): the quintic Newton-Schulz iteration of Muon, in the dtype of `update`."""
     a, b, c = coefficients
     tall = update.shape[0] > update.shape[1]
