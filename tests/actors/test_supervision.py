@@ -24,6 +24,7 @@ from diffrl.errors import RunStoppedError
 from diffrl.rollout_store import read_all
 from tests.actors.conftest import opened, rl_config
 from tests.actors.failing_workers import Late, NoStart, Reference, Square
+from tests.actors.learner_case import end
 from tests.actors.test_pool import Judge, Sampler, pool_of, requests
 
 LIMIT_S = 8.0  # of a call that takes milliseconds
@@ -106,7 +107,7 @@ def test_restarts_back_off(pool: WorkerPool):
 
 @settings(2, backoff_s=1000.0, max_backoff_s=1000.0)
 def test_nobody_waits_for_a_worker_that_is_not_restarted_yet(pool: WorkerPool):
-    ray.kill(pool.workers[0])
+    end(pool.workers[0])
     assert outcomes_of(pool, "work", range(6)) == {value: value**2 for value in range(6)}
     assert pool.restarted_at == [] and list(pool.restart_at) == [0]
 
