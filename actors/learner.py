@@ -7,6 +7,7 @@ batches since. An update is a function of state and batch, so the result is that
 All nodes with a rank must see the folders of saves.
 """
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -205,6 +206,7 @@ class Learner:
         if self.rebuilds_in_a_row > self.config.supervision.max_rebuilds:
             raise WorkersKeepDyingError(f"ranks of the learner keep dying, the last one: {error}") from error
         self.num_rebuilds += 1
+        print(f"learner group lost: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         for rank in self.ranks:
             kill(rank)
         time.sleep(self.config.supervision.delay_s(self.rebuilds_in_a_row))

@@ -7,7 +7,6 @@ comes, since only then its parent is known: a stage that was run again with the 
 import contextlib
 import io
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -23,7 +22,7 @@ from rich.table import Column, Table
 from actors.dry_run import dry_run
 from actors.evaluate_folder import evaluate_folder
 from actors.prepare import check_gpus, check_shares, choose_sandbox, said_in_a_line
-from actors.system import connect
+from actors.system import connect, num_cpus_needed
 from diffrl.config import AnyConfig, ModelConfig, RLConfig
 from diffrl.config_file import dump_config
 from diffrl.data.sources import problems_of
@@ -58,9 +57,12 @@ def run_pipeline(
         run.explain()
         return
     run.check_evaluation()
-    with run.cluster():
+    try:
         for name in run.names:
             run.stage(name)
+    finally:
+        if run.owns_ray:
+            ray.shutdown()
     run.summary()
 
 
@@ -75,6 +77,7 @@ class PipelineRun:
         self.names = stages_between(list(pipeline.stages), first, until)
         self.before = list(pipeline.stages)[: list(pipeline.stages).index(self.names[0])]
         self.actions: dict[str, Decision] = {}
+        self.owns_ray = False
 
     # Before anything starts.
 
@@ -206,6 +209,7 @@ class PipelineRun:
         if decision.action == "run" and folder.exists() and read_manifest(folder) is None:
             move_aside(folder)  # now, or it would pass for the beginning of what starts here
         write_inputs(folder, inputs)
+        self.connect()
         started = time.perf_counter()
         resume = "auto" if decision.action == "resume" else None
         if isinstance(config, RLConfig):
@@ -242,6 +246,7 @@ class PipelineRun:
     def evaluate(self, name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         config = self.config.evaluation
         assert config is not None
+        self.connect()
         sandbox, _ = choose_sandbox(config.sandbox)
         problems = problems_of(config.problems)
         started = time.perf_counter()
@@ -261,16 +266,13 @@ class PipelineRun:
 
     # Around the stages.
 
-    @contextlib.contextmanager
-    def cluster(self) -> Iterator[None]:
-        """One connection to a cluster that was given; without one each stage starts and stops its own."""
-        address = self.config.ray.address or os.environ.get("RAY_ADDRESS")
-        owns = address is not None and connect(address, 0)
-        try:
-            yield
-        finally:
-            if owns:
-                ray.shutdown()
+    def connect(self) -> None:
+        """Be in the cluster in which all that runs runs: one that was given, or one of this machine with slots enough for
+        whoever asks for most."""
+        evaluation = self.config.evaluation
+        asked = [num_cpus_needed(config) for config in self.pipeline.stages.values()]
+        asked += [evaluation.num_workers * evaluation.cpus_per_worker] if evaluation else []
+        self.owns_ray |= connect(self.config.ray.address, max(asked), log_to_driver=False)
 
     def summary(self) -> None:
         """The table of all stages, on stdout and in pipeline.json."""
@@ -336,11 +338,6 @@ def read_metrics(folder: Path, config: AnyConfig) -> dict[str, float]:
 
 def resources(config: AnyConfig) -> str:
     """CPU slots and GPUs that a stage asks Ray for."""
-    if isinstance(config, RLConfig):
-        from actors.system import num_cpus_needed
-
-        cpus, gpus = num_cpus_needed(config), config.num_gpus
-    else:
-        workers = config.workers
-        cpus, gpus = workers.num_workers * workers.cpus_per_worker, workers.num_workers * workers.gpus_per_worker
-    return f"{cpus:g} CPUs" + (f", {gpus:g} GPUs" if gpus else "")
+    rl = isinstance(config, RLConfig)
+    gpus = config.num_gpus if rl else config.workers.num_workers * config.workers.gpus_per_worker
+    return f"{num_cpus_needed(config):g} CPUs" + (f", {gpus:g} GPUs" if gpus else "")

@@ -10,6 +10,7 @@ made again on another one. Three kinds of failure are told apart:
 - the code's: what a method of the worker raises is raised here at once, with the worker's name, place and last words.
 """
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -241,6 +242,7 @@ class WorkerPool:
         runs = [self.running.pop(ref) for ref in refs]
         story = self.account(worker, reason)  # before it is gone
         kill(worker.handle)
+        print(f"{self.role} worker lost: {story.splitlines()[0]}", file=sys.stderr, flush=True)
         self.losses += 1
         if self.losses > self.config.max_losses * len(self.slots):
             raise WorkersKeepDyingError(f"workers keep dying, the last one: {story}") from cause

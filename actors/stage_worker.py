@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from actors.engine import Agreement, JointOptimizer, PolicyEngine, start_deepspeed
 from actors.row_stream import stream_rows
+from actors.watchdog import Watchdog
 from actors.weights import Bucket, PackedState
 from diffrl.checkpoint import Progress, checkpoint_path, last_step, prune
 from diffrl.config import PretrainConfig, SftConfig
@@ -63,10 +64,11 @@ class StageJob:
 
 def run_stage(settings: dict[str, StageJob]) -> str | None:
     """What Ray Train calls in every worker. None, or why the run had to stop."""
-    worker = None
+    job = settings["job"]
+    who = f"worker {ray.train.get_context().get_world_rank()}"
     try:
-        worker = StageWorker(settings["job"])
-        worker.run()
+        with Watchdog(job.folder, job.config.workers.stall_s, who=who, key="workers.stall_s", grace_s=0.0) as watchdog:
+            StageWorker(job, watchdog).run()
     except RunStoppedError as error:  # on all workers at once
         return str(error)
     return None
@@ -75,9 +77,10 @@ def run_stage(settings: dict[str, StageJob]) -> str | None:
 class StageWorker:
     """The state of a stage in one of its workers."""
 
-    def __init__(self, job: StageJob):
+    def __init__(self, job: StageJob, watchdog: Watchdog):
         config = self.config = job.config
         self.job = job
+        self.watchdog = watchdog
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         torch.set_num_threads(config.workers.threads)
@@ -137,6 +140,7 @@ class StageWorker:
             progress = Progress.from_note(self.engine.load(checkpoint_path(self.job.folder, chosen[0])))
         if self.rank == 0:
             self.metrics.cut(progress.metrics_bytes)
+        self.watchdog.progress()
         return progress
 
     def batches(self) -> Iterator[SupervisedRows]:
@@ -197,6 +201,7 @@ class StageWorker:
 
     def loss(self, piece: NoisedRows, *purpose: int | str) -> tuple[torch.Tensor, dict[str, float]]:
         """Forward pass of a micro-batch: its part of the loss and of the metrics."""
+        self.watchdog.progress()
         autocast = nullcontext()
         if self.config.train.autocast_bf16:
             autocast = torch.autocast(self.device.type, dtype=torch.bfloat16)
@@ -257,6 +262,7 @@ class StageWorker:
         self.engine.save(checkpoint_path(job.folder, self.progress.step), self.progress.note())
         if self.rank == 0:
             prune(job.folder, keep=self.config.checkpoint.keep, best_step=self.progress.best_step)
+        self.watchdog.progress()
 
     def export(self, name: str) -> None:
         """A Hugging Face folder `run_dir/NAME`, whole or not at all; with LoRA `run_dir/adapter` beside `run_dir/model`."""
@@ -273,6 +279,7 @@ class StageWorker:
                     agreement.attempt(
                         save_adapter, adapter, self.model.lora, self.job.folder / "adapter", base_path=base
                     )
+        self.watchdog.progress()
 
     def write_model(self, name: str, policy: PackedState) -> None:
         path = self.job.folder / name

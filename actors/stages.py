@@ -19,11 +19,15 @@ from pathlib import Path
 import ray
 import ray.train
 import ray.train.torch
+from ray.train.v2._internal.exceptions import (  # what its public errors carry
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckTimeoutError,
+)
 from transformers import PreTrainedTokenizerFast
 
 from actors.prepare import absolute_model_path, check_devices, said_in_a_line
 from actors.stage_worker import StageJob, run_stage
-from actors.system import connect
+from actors.system import connect, num_cpus_needed
 from actors.telemetry import SupervisedTelemetry
 from diffrl.checkpoint import last_step
 from diffrl.config import PretrainConfig, SftConfig
@@ -148,7 +152,9 @@ def run_job(job: StageJob) -> None:
     """Train in a group of workers until the model is exported. Raises RunStoppedError."""
     workers = job.config.workers
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_S)
-    owns_ray = connect(job.config.ray.address, workers.num_workers * workers.cpus_per_worker, log_to_driver=False)
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(workers.stall_s)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(workers.start_s / (1 + workers.max_failures))
+    owns_ray = connect(job.config.ray.address, num_cpus_needed(job.config), log_to_driver=False)
     if not (job.config.ray.address or os.environ.get("RAY_ADDRESS")):
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away with notice
     on_interrupt = signal.getsignal(signal.SIGINT)  # Ray Train puts its own in place, and leaves it there
@@ -167,7 +173,9 @@ def run_job(job: StageJob) -> None:
             run_config=ray.train.RunConfig(
                 name=f"attempt-{job.attempt.number}",
                 storage_path=str(own_files),
-                failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
+                failure_config=ray.train.FailureConfig(
+                    max_failures=workers.max_failures, controller_failure_limit=workers.max_failures
+                ),
                 logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             ),
         )
@@ -177,6 +185,14 @@ def run_job(job: StageJob) -> None:
         raise RunStoppedError(
             f"workers.max_failures: more than {workers.max_failures} times a worker was lost or failed, the last time "
             f"worker {rank}: {last_line(failure)}; checkpoints are in {job.folder / 'checkpoints'}, go on with --resume auto"
+        ) from error
+    except ray.train.ControllerError as error:
+        if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+            raise
+        raise RunStoppedError(
+            f"workers.start_s: in {workers.start_s:g} seconds the cluster had no room for {workers.num_workers} workers "
+            f"with {workers.cpus_per_worker:g} CPUs and {workers.gpus_per_worker:g} GPUs each (workers.labels: "
+            f"{dict(workers.labels)}); add nodes, ask for less or wait longer, and go on with --resume auto"
         ) from error
     finally:
         if threading.current_thread() is threading.main_thread():
@@ -189,4 +205,6 @@ def run_job(job: StageJob) -> None:
 
 
 def last_line(error: Exception) -> str:
+    if isinstance(error, WorkerHealthCheckTimeoutError):  # it ends with advice on a variable that the config sets
+        return "it did not answer for workers.stall_s"
     return (str(error).strip() or repr(error)).splitlines()[-1]

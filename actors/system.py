@@ -16,7 +16,7 @@ from actors.reference import Reference
 from actors.reward import RewardWorker
 from actors.rollout import RolloutWorker
 from actors.watchdog import Watchdog
-from diffrl.config import RLConfig
+from diffrl.config import AnyConfig, RLConfig
 
 
 class System:
@@ -111,7 +111,10 @@ def spawner(actor_class: type, options: dict[str, Any], *args: Any, **kwargs: An
     return lambda: remote.remote(*args, **kwargs)
 
 
-def num_cpus_needed(config: RLConfig) -> float:
+def num_cpus_needed(config: AnyConfig) -> float:
+    """By all actors, or all workers, of a stage."""
+    if not isinstance(config, RLConfig):
+        return config.workers.num_workers * config.workers.cpus_per_worker
     return (
         config.rollout.num_workers * config.rollout.cpus_per_worker
         + config.judge.num_workers * config.judge.cpus_per_worker

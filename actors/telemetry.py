@@ -4,6 +4,7 @@ import io
 import json
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -83,7 +84,8 @@ class SupervisedTelemetry(Telemetry):
     POLL_S = 0.5
 
     def __enter__(self) -> Self:
-        self.told: set[str] = set()  # steps are done again after a worker was lost
+        self.told = self.stalls()  # and of steps, which are done again after a worker was lost
+        self.last = 0  # step
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.follow, daemon=True)
         self.thread.start()
@@ -98,7 +100,14 @@ class SupervisedTelemetry(Telemetry):
         offset = self.metrics.path.stat().st_size if self.metrics.path.exists() else 0
         while not self.ended.wait(self.POLL_S):
             offset = self.read(offset)
+            for file in sorted(self.stalls() - self.told):
+                self.told.add(file)
+                self.say(f"a worker was stuck and has been ended; its stacks: {file}")
         self.read(offset)
+
+    def stalls(self) -> set[str]:
+        """Reports of the workers' watchdogs."""
+        return {str(file) for file in (self.folder / "stalls").glob("*.txt")}
 
     def read(self, offset: int) -> int:
         """Show whole lines from a byte on; where the next one begins. A file that has become shorter was cut back."""
@@ -109,11 +118,15 @@ class SupervisedTelemetry(Telemetry):
             for line in lines:
                 if line.endswith(b"\n"):
                     offset += len(line)
-                    self.show(json.loads(line))
+                    with suppress(ValueError):  # the rest of a line, of a file that was cut and has grown again since
+                        self.show(json.loads(line))
         return min(offset, size)
 
     def show(self, row: Mapping[str, float]) -> None:
         step = int(row["step"]) + 1
+        if step < self.last:
+            self.say(f"workers were lost after step {self.last}; new ones go on from step {step}")
+        self.last = step
         self.progress.update(self.task, completed=step)
         if (loss := row.get("validation/diffusion")) is not None:
             said = f"validation loss {loss:.3f}"

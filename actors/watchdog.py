@@ -43,10 +43,20 @@ class ActorState:
 
 
 class Watchdog:
-    """Ends a run in which nothing ends for `stall_s`. Used as a context."""
+    """Ends a process in which nothing ends for `stall_s`, the config's `key`. Used as a context."""
 
-    def __init__(self, folder: Path, stall_s: float, *, grace_s: float = GRACE_S):
+    def __init__(
+        self,
+        folder: Path,
+        stall_s: float,
+        *,
+        who: str = "driver",
+        key: str = "supervision.stall_s",
+        grace_s: float = GRACE_S,
+    ):
         self.folder = folder / "stalls"
+        self.who = who
+        self.key = key
         self.stall_s = stall_s
         self.grace_s = grace_s
         self.watched: list[Callable[[], Sequence[ActorState]]] = []
@@ -71,17 +81,17 @@ class Watchdog:
                 self.message = self.report()
                 break
         if not self.ended.wait(self.grace_s if self.message else 0):
-            print(f"diffrl: {self.message}; the driver was stuck too and has been ended", file=sys.stderr, flush=True)
+            print(f"diffrl: {self.message}; the {self.who} was stuck and has been ended", file=sys.stderr, flush=True)
             os._exit(1)
 
     def report(self) -> str:
         """Write it; what to tell the user."""
-        said = f"supervision.stall_s: nothing has ended for {self.stall_s:g} seconds"
-        name = time.strftime("%Y%m%d-%H%M%S")
+        said = f"{self.key}: nothing has ended for {self.stall_s:g} seconds"
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{self.who.replace(' ', '-')}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / f"{name}.txt").open("w") as file:
-                file.write("driver\n")
+                file.write(f"{self.who}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)  # first: the rest asks others, who may not answer
             states = [state for watched in self.watched for state in watched()]

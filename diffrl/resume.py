@@ -16,7 +16,8 @@ FREE = (
     *("rollout.num_workers", "rollout.cpus_per_worker", "rollout.gpus_per_worker", "rollout.max_tokens_per_batch"),
     *("reference.num_workers", "reference.cpus", "reference.gpus", "learner.cpus_per_rank", "learner.gpus_per_rank"),
     "learner.keep_batches",
-    *("workers.cpus_per_worker", "workers.gpus_per_worker", "workers.labels", "workers.max_failures"),
+    *("workers.cpus_per_worker", "workers.gpus_per_worker", "workers.labels"),
+    *("workers.start_s", "workers.stall_s", "workers.max_failures"),
     # Verdicts do not depend on where programs run.
     *("sandbox.backend", "sandbox.slots", "sandbox.slots_per_container", "sandbox.image", "sandbox.runtime"),
     *("sandbox.addresses", "sandbox.token_file", "sandbox.attempts", "sandbox.allow_unisolated"),

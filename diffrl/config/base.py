@@ -32,6 +32,7 @@ class Section(BaseModel):
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(gt=0)]
 
 
 class TinyModel(Section):

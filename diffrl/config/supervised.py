@@ -12,6 +12,7 @@ from diffrl.config.base import (
     ModelConfig,
     Positive,
     RayConfig,
+    Seconds,
     Section,
     require_path,
 )
@@ -59,6 +60,8 @@ class TrainWorkers(EngineConfig):
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     labels: Mapping[str, str] = {}  # of the nodes to run on, such as {accelerator: H100}
     threads: Positive = 2  # of torch, in each worker
+    start_s: Seconds = 1800.0  # the wait for a place in the cluster; then the stage gives up
+    stall_s: Seconds = 1800.0  # a worker that ends no step, check or save for so long writes its stacks and is lost
     max_failures: Annotated[int, Field(ge=0)] = 3  # lost workers before the stage gives up
 
 

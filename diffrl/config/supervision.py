@@ -4,9 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from diffrl.config.base import Positive, Section
-
-Seconds = Annotated[float, Field(gt=0)]
+from diffrl.config.base import Positive, Seconds, Section
 
 
 class MemoryLimits(Section):

@@ -1,15 +1,20 @@
 """The whole loop on real actors, judged by real verdicts; its numbers depend on nothing but seed and config."""
 
 import json
+import os
+import re
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 import torch
 
 from actors.driver import Run, spread, train
+from actors.processes import place_of
 from actors.rollout import RolloutWorker
 from actors.telemetry import SAMPLING_METRICS
 from diffrl.config import ModelConfig, RLConfig
@@ -121,6 +126,41 @@ def test_lost_workers_change_nothing(plain_run: Path, tuned_model, problems_file
     restarts = {name: pool.num_restarts for name, pool in run.system.pools().items()}
     assert all(count >= 2 for count in restarts.values()), restarts
     assert metric_lines(tmp_path / "lost") == metric_lines(plain_run)
+
+
+FREEZES = [("rollout", "generate"), ("judge", "score"), ("reference", "logprobs"), ("learner", "update")]
+FREEZE_S = 20.0  # deadline of calls that take two
+
+
+class Frozen(Run):
+    """Freezes one process after the other, of every role, before a step that needs it."""
+
+    def step(self, step: int) -> None:
+        for role, _ in FREEZES[2 * step : 2 * step + 2]:
+            actors: list[Any] = self.learner.ranks if role == "learner" else self.system.pools()[role].workers
+            pid = place_of(actors[0]).pid
+            assert pid is not None
+            os.kill(pid, signal.SIGSTOP)
+        super().step(step)
+
+
+@pytest.mark.slow
+def test_whoever_is_frozen_is_reported_within_its_deadline(
+    plain_run: Path, tuned_model, problems_file, tmp_path, capfd
+):
+    limits = {f"{call}_s": FREEZE_S for call in ("generate", "score", "reference", "update", "pull")}
+    run_with(Frozen, rl_config(tuned_model, problems_file, tmp_path / "frozen", supervision=limits))
+    assert metric_lines(tmp_path / "frozen") == metric_lines(plain_run)
+    rows = [json.loads(line) for line in (tmp_path / "frozen" / "metrics.jsonl").read_text().splitlines()]
+    told = [line for line in capfd.readouterr().err.splitlines() if " lost: " in line]
+    print(*told, sep="\n")
+    assert len(told) == len(FREEZES)
+    for line, (role, method) in zip(sorted(told), sorted(FREEZES), strict=True):
+        assert re.match(
+            rf"{role} (worker|group) lost: \w+ did not end within .*\b20\b.*; this was .*\(pid \d+", line
+        ), line
+        assert method in line or role == "learner"
+    assert all(sum(v for k, v in row.items() if k.startswith("time/")) < 10 * FREEZE_S for row in rows)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -292,6 +293,37 @@ def test_a_killed_driver_changes_nothing(calm: Path, make: Make, tmp_path: Path,
     killed_driver(config, random.Random(2).randrange(10, 40), ray_cluster)
     assert_same(tmp_path / "run", calm)
     assert not list(tmp_path.glob("run.*/"))  # nothing was moved aside
+
+
+def freeze(pids: set[int]) -> None:
+    os.kill(max(pids), signal.SIGSTOP)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_frozen_worker_is_replaced(calm: Path, make: Make, tmp_path: Path, capfd, num_workers: int):
+    """Alone it is missed by Ray Train; of two, the other one waits in a collective and says where."""
+    config = make(tmp_path / "run", workers={"threads": 1, "num_workers": num_workers, "stall_s": 60.0})
+    watch = Watch(Path(config.run_dir), 20, freeze)
+    train_supervised(config)
+    watch.join()
+    assert_close(tmp_path / "run", calm)
+    told = capfd.readouterr().err
+    assert re.search(r"^workers were lost after step \d+; new ones go on from step \d+$", told, re.MULTILINE)
+    reports = list((tmp_path / "run" / "stalls").glob("*.txt"))
+    assert len(reports) == num_workers - 1
+    for report in reports:
+        assert "in all_reduce" in report.read_text()
+        assert f"a worker was stuck and has been ended; its stacks: {report}" in told
+
+
+def test_workers_without_a_place_end_the_stage(ray_cluster: RayCluster, make: Make, tmp_path: Path):
+    workers = {"cpus_per_worker": 1000.0, "num_workers": 2, "start_s": 2.0, "max_failures": 1}
+    with pytest.raises(RunStoppedError) as caught:
+        train_supervised(make(tmp_path / "run", workers=workers))
+    message = str(caught.value)
+    assert message.startswith("workers.start_s: in 2 seconds the cluster had no room for 2 workers with 1000 CPUs ")
+    assert message.endswith("--resume auto") and "\n" not in message
 
 
 @pytest.mark.slow
