@@ -288,6 +288,7 @@ def test_a_killed_worker_changes_nothing(calm: Path, make: Make, tmp_path: Path)
     assert_same(tmp_path / "run", calm)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_changes_nothing(calm: Path, make: Make, tmp_path: Path, ray_cluster: RayCluster):
     config = make(tmp_path / "run")
     killed_driver(config, random.Random(2).randrange(10, 40), ray_cluster)
@@ -352,6 +353,7 @@ def test_workers_that_keep_dying_end_the_run(ray_cluster: RayCluster, make: Make
 # Ends
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(calm: Path, make: Make, tmp_path: Path):
     """No file of the worker may grow beyond 64 KB, so the next checkpoint cannot be written, and nothing is tried again."""
 

@@ -84,6 +84,7 @@ def test_who_is_fast_changes_nothing(one_behind: Path, tuned_model, problems_fil
     assert metric_lines(tmp_path / "many") == metric_lines(one_behind)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_changes_nothing(one_behind: Path, ray_cluster, tuned_model, problems_file, tmp_path):
     """Groups that were waiting for their step come out of the checkpoint."""
     config = ahead(tuned_model, problems_file, tmp_path / "run", 1)

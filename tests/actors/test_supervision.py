@@ -289,6 +289,7 @@ def run_poisoned(config: RLConfig, victim: str) -> Path:
     return run.folder
 
 
+@pytest.mark.slow
 def test_a_problem_that_kills_its_workers_is_left_out(tuned_model, problems_file, problems, tmp_path, capfd):
     victim = problems[POISON].id
     supervision = {"problem_attempts": 2, "backoff_s": 0.1}
