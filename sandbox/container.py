@@ -16,6 +16,7 @@ import contextlib
 import os
 import socket
 import threading
+from pathlib import Path
 from typing import Any
 
 import docker
@@ -28,6 +29,7 @@ from sandbox.types import SandboxError, SandboxUnavailableError, Submission, Ver
 
 CAPABILITIES = ["SETUID", "SETGID", "KILL", "CHOWN", "DAC_OVERRIDE"]
 FINGERPRINT_LABEL = "diffrl.judge"
+OWNER_LABEL = "diffrl.owner"
 _ENGINE_S = 120.0  # for one request to the engine, or a container's first word
 _SCRATCH = "size=64m,nr_inodes=16k"
 _MAX_LAST_WORDS = 4096
@@ -58,7 +60,8 @@ class ContainerSandbox:
     """Judges as many submissions at a time as it has slots, in one container that is started at the first of them.
 
     After `recycle_after` submissions, and when it dies, a fresh container takes over. A container ends with the
-    connection of the process that started it, so a killed client leaves none behind.
+    connection of the process that started it, so a killed client leaves none behind; one that was frozen then, and did
+    not notice, is removed when the next one starts.
 
     image       as `diffrl sandbox build` made it
     memory_mb   limit of the whole container; None: 1 GiB for each slot and 256 MiB
@@ -180,6 +183,7 @@ class _Container:
         try:
             cpus = self._engine.info()["NCPU"] * 10**9
             options["nano_cpus"] = min(options["nano_cpus"], cpus)  # the engine refuses more than there are
+            remove_orphans(self._engine)
             self.id = create(self._engine, image, command, options)
             self._channel = _AttachedStreams(self._engine, self.id)
             self._engine.api.start(self.id)
@@ -263,10 +267,37 @@ def create(engine: docker.DockerClient, image: str, command: list[str], options:
         hostname="sandbox",
         user="0:0",
         stdin_open=True,
-        labels={"diffrl.sandbox": "1"},
+        labels={"diffrl.sandbox": "1", OWNER_LABEL: f"{_machine()} {os.getpid()}"},
         **more,
     )
     return created["Id"]
+
+
+def remove_orphans(engine: docker.DockerClient) -> None:
+    """Removes containers that processes of this machine made which are no more."""
+    for container in engine.containers.list(all=True, filters={"label": OWNER_LABEL}, ignore_removed=True):
+        machine, _, pid = container.labels[OWNER_LABEL].rpartition(" ")
+        if machine and machine == _machine() and _is_gone(int(pid)):
+            with contextlib.suppress(DockerException):  # somebody else is removing it
+                container.remove(force=True, v=True)
+
+
+def _machine() -> str:
+    """In which process ids mean what they mean here: since its start, in this namespace. Empty where there is no /proc."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def engine_of(engine_url: str | None) -> docker.DockerClient:

@@ -300,8 +300,9 @@ def test_a_fresh_container_after_so_many_submissions(
     await_until(lambda: seen[4] not in running(engine))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 def test_a_killed_client_leaves_no_container(
-    container_engine: str, judge_image: str, engine: docker.DockerClient
+    container_engine: str, judge_image: str, engine: docker.DockerClient, own_sandbox: ContainerSandbox, frozen: bool
 ) -> None:
     program = (
         "import sys, time; from sandbox.container import ContainerSandbox; from sandbox.types import Submission\n"
@@ -319,7 +320,12 @@ def test_a_killed_client_leaves_no_container(
     with client, client.stdout:
         container = client.stdout.readline().strip()
         assert container in running(engine)
+        if frozen:
+            engine.containers.get(container).pause()
         client.kill()
+    if frozen:
+        assert container in running(engine)
+        assert judge(own_sandbox, "", "assert True").statuses == (PASSED,)
     await_until(lambda: container not in running(engine))
 
 
