@@ -105,7 +105,7 @@ def local_pod(image: str, engine_url: str | None = None, slots: int = 4) -> Iter
                 "cap_drop": ["ALL"],
                 "cap_add": CAPABILITIES,
                 "security_opt": ["no-new-privileges"],
-                "tmpfs": {"/scratch": "size=256m,mode=0711"},
+                "tmpfs": {"/scratch": "size=256m,mode=0777"},  # as open as an emptyDir of Kubernetes
             }
             command = ["--slots", str(slots), "--listen", f"0.0.0.0:{PORT}"]
             name = create(engine, image, command, options, environment={"DIFFRL_SANDBOX_TOKEN": token})

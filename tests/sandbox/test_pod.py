@@ -45,6 +45,16 @@ def test_right_and_wrong(sandbox: PodSandbox) -> None:
     assert sandbox.survivors() == []
 
 
+def test_a_scratch_that_is_mounted_open_to_all_is_closed(sandbox: PodSandbox) -> None:
+    code = """
+import os
+def f():
+    try: open("/scratch/left behind", "w")
+    except PermissionError: return oct(os.stat("/scratch").st_mode & 0o7777)
+"""
+    assert judge(sandbox, code, "assert f() == '0o711'").statuses == (PASSED,)
+
+
 def test_many_clients_at_once(pod: tuple[str, str]) -> None:
     def client(number: int) -> list[TestStatus]:
         with PodSandbox(address=pod[0], token=pod[1], slots=2) as sandbox:
