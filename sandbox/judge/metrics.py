@@ -56,5 +56,10 @@ def _answer(sock: socket.socket, body: bytes) -> None:
     """The same answer, whatever is asked."""
     sock.settimeout(_PATIENCE_S)
     sock.recv(1 << 16)
-    head = f"HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    sock.sendall(head.encode() + body)
+    head = [
+        "HTTP/1.1 200 OK",
+        "Content-Type: text/plain; version=0.0.4",
+        f"Content-Length: {len(body)}",
+        "Connection: close",
+    ]
+    sock.sendall("\r\n".join([*head, "", ""]).encode() + body)

@@ -14,7 +14,9 @@ STATS = {"judged": 7, "errors": 1, "slots_started": 5, "busy": 3, "waiting": 2, 
 def read(port: int) -> dict[str, float]:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
         families = text_string_to_metric_families(answer.read().decode())
-    return {sample.name.removeprefix("diffrl_sandbox_"): sample.value for family in families for sample in family.samples}
+    return {
+        sample.name.removeprefix("diffrl_sandbox_"): sample.value for family in families for sample in family.samples
+    }
 
 
 def test_prometheus_reads_every_counter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +46,12 @@ def test_programs_of_the_container_are_hung_up_on() -> None:
 
 @pytest.mark.parametrize(
     ("peer", "own", "inside"),
-    [("10.1.0.7", "10.1.0.7", True), ("::1", "::1", True), ("10.1.0.8", "10.1.0.7", False), ("12.7.0.1", "10.1.0.7", False)],
+    [
+        ("10.1.0.7", "10.1.0.7", True),
+        ("::1", "::1", True),
+        ("10.1.0.8", "10.1.0.7", False),
+        ("12.7.0.1", "10.1.0.7", False),
+    ],
 )
 def test_a_program_is_known_by_its_address(peer: str, own: str, inside: bool) -> None:
     assert metrics.from_inside(peer, own) is inside
