@@ -11,15 +11,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import yaml
-from jsonschema import Draft4Validator
+from jsonschema import Draft4Validator, ValidationError
+from jsonschema.validators import extend
 
 from tests.shared_files import shared_file
 
 _ANYTHING = "x-kubernetes-preserve-unknown-fields"
 _META = "io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta"
-_LOOSE = {  # swagger gives these as strings, an API server takes numbers too
+_LOOSE: dict[str, Any] = {  # swagger gives these as strings, an API server takes numbers too
     "io.k8s.apimachinery.pkg.util.intstr.IntOrString": {"type": ["integer", "string"]},
     "io.k8s.apimachinery.pkg.api.resource.Quantity": {"type": ["number", "string"]},
 }
@@ -85,11 +85,11 @@ def strict(schema: Any) -> Any:
     return made
 
 
-def _no_key_twice(validator: Any, keys: list[str], items: Any, schema: Any) -> Iterator[jsonschema.ValidationError]:
+def _no_key_twice(validator: Any, keys: list[str], items: Any, schema: Any) -> Iterator[ValidationError]:
     if isinstance(items, list):
         seen = [tuple(item.get(key) for key in keys) for item in items if isinstance(item, dict)]
         for key in {key for key in seen if seen.count(key) > 1}:
-            yield jsonschema.ValidationError(f"{key} is there twice")
+            yield ValidationError(f"{key} is there twice")
 
 
-_Validator = jsonschema.validators.extend(Draft4Validator, {"x-kubernetes-list-map-keys": _no_key_twice})
+_Validator = extend(Draft4Validator, {"x-kubernetes-list-map-keys": _no_key_twice})
