@@ -66,7 +66,7 @@ def test_the_nightly_evaluation_is_a_command() -> None:
     assert params["backend"] == "pod" and params["address"] == [service_address()]
     assert params["token_file"] == "/run/diffrl/token" and params["tokens"] > 0
     trained = config_of(parsed(shlex.split(the("RayJob", TRAIN)["spec"]["entrypoint"]))[1])
-    assert params["model"] == f"{trained.run_dir}/best"
+    assert trained.eval.every is not None and params["model"] == f"{trained.run_dir}/best"
     assert template["entrypointNumGpus"] <= room(NIGHTLY, "rollout", "nvidia.com/gpu")
 
 
