@@ -151,15 +151,18 @@ class Supervisor:
             client.send({"id": number, "error": f"unknown operation {op!r}"})
 
     def _enqueue(self, client: Client, message: dict[str, Any]) -> None:
+        number = message.get("id")
         try:
             protocol.submission_from_wire(message.get("submission"))
             if self._draining.is_set():
-                raise ValueError("this sandbox is about to leave")
-            self._queue.put_nowait((client, message))
+                client.send({"id": number, "error": "this sandbox is about to leave", "refused": True})
+            else:
+                self._queue.put_nowait((client, message))
         except ValueError as error:
-            client.send({"id": message.get("id"), "error": str(error)})
+            client.send({"id": number, "error": str(error)})
         except queue.Full:
-            client.send({"id": message.get("id"), "error": f"{self._queue.maxsize} submissions wait already"})
+            waiting = f"{self._queue.maxsize} submissions wait already"
+            client.send({"id": number, "error": waiting, "refused": True})
 
     def _run_slot(self, index: int, session: socket.socket) -> None:
         while True:
