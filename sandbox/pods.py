@@ -235,6 +235,8 @@ class PodPool(Pool):
         while not pod.gone.is_set():
             try:
                 with contextlib.closing(_Session(pod.at, self._token)) as session:
+                    with self._lock:
+                        self._canaries += 1
                     require_canary(session)
                     rest_s = _REST_S
                     self._attend(pod, session)

@@ -32,7 +32,7 @@ def config_of(params: Mapping[str, Any]) -> RLConfig:
 
 
 def service_address() -> str:
-    (service,) = (m for m in built("base") if m["kind"] == "Service" and m["spec"].get("clusterIP") != "None")
+    (service,) = (m for m in built("base") if m["kind"] == "Service")
     return f"{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
 
 

@@ -274,7 +274,9 @@ def test_without_any_pod_for_a_while_those_who_wait_get_an_error_and_never_a_ver
 def test_an_endpoint_that_is_down(make: Callable[..., FakePod]) -> None:
     down = make()
     down.close()
-    wrong = rf"^addresses: no sandbox at {NAME} \(nothing listens at {down.at}.*start one there, or give another host:port"
+    wrong = (
+        rf"^addresses: no sandbox at {NAME} \(nothing listens at {down.at}.*start one there, or give another host:port"
+    )
     with pytest.raises(SandboxUnavailableError, match=wrong):
         require_available([NAME], TOKEN, pytest.fail, Names(down))
     with pytest.raises(SandboxUnavailableError, match=wrong):
@@ -289,7 +291,9 @@ def test_a_name_that_does_not_resolve() -> None:
         require_available([NAME], TOKEN, pytest.fail, names)
     with pytest.raises(SandboxUnavailableError, match=wrong):
         pool_of(names)
-    with pytest.raises(SandboxUnavailableError, match=r"no sandbox at sandbox\.invalid:7010 \(the name does not resolve"):
+    with pytest.raises(
+        SandboxUnavailableError, match=r"no sandbox at sandbox\.invalid:7010 \(the name does not resolve"
+    ):
         backends.require_available(BackendOptions(backend="pod", addresses=("sandbox.invalid:7010",), token=TOKEN))
 
 
