@@ -128,7 +128,8 @@ class Connection:
         except frames.FrameError as error:
             raise SubmissionTooLargeError(f"the submission is too large: {error}") from None
         except TimeoutError:
-            self.close()
+            self._lose(f"no answer within {timeout_s:.0f} s")
+            self._channel.close()
             raise ConnectionLostError(f"the sandbox gave no answer within {timeout_s:.0f} s") from None
         except OSError as error:
             self._lose(str(error))

@@ -90,8 +90,8 @@ def _report(problems: Sequence[tuple[str, SandboxError]], *, working: int, say: 
 
 def _unavailable(problems: Sequence[tuple[str, SandboxError]]) -> SandboxUnavailableError:
     """With the way out: of the token if it is wrong anywhere."""
-    own = [error for _, error in problems if isinstance(error, SandboxUnavailableError)]
-    return own[0] if own else SandboxUnavailableError(f"{_text(problems)}: start one there, or give another host:port")
+    own = [str(error) for _, error in problems if isinstance(error, SandboxUnavailableError)]
+    return SandboxUnavailableError(own[0] if own else f"{_text(problems)}: start one there, or give another host:port")
 
 
 def _text(problems: Sequence[tuple[str, SandboxError]]) -> str:
