@@ -173,8 +173,9 @@ class PodPool(Pool):
                 pod.gone.set()
         super().close()
 
-    def _replace(self, member: Member, unfit: bool) -> None:
-        self._members.remove(member)
+    def _replace(self, member: Member, unfit: bool = False) -> None:
+        if member in self._members:  # its own thread may have been first
+            self._members.remove(member)
 
     def _is_hopeless(self, unfit: int) -> bool:
         return False  # others may come; who waits for them too long is told
@@ -265,9 +266,7 @@ class PodPool(Pool):
         finally:
             with self._lock:
                 pod.judges = False
-                if not member.retired:
-                    member.retired = True
-                    self._members.remove(member)
+                self._replace(member)  # but it is retired by whoever was inside, and charged for that
 
     def _has_drained(self, pod: _Pod, member: Member, stats: Mapping[str, int]) -> bool:
         with self._lock:

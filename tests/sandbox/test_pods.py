@@ -1,6 +1,7 @@
 """Work spreads over pods as they come, fill up, leave, go silent and return; here they are fakes, see fake_pods.py. Real
 ones: test_pods_real.py."""
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -8,6 +9,7 @@ import pytest
 
 from sandbox import backends, pods
 from sandbox.backends import BackendOptions
+from sandbox.client import ConnectionLostError
 from sandbox.pods import PodPool, require_available, resolve
 from sandbox.pool import SandboxClosedError
 from sandbox.types import SandboxError, SandboxUnavailableError, Submission, TestStatus, Verdict
@@ -226,7 +228,7 @@ def test_what_a_lost_pod_had_is_judged_by_others(
     how: str, make: Callable[..., FakePod], threads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of them is charged with an attempt, since it may have broken the pod."""
-    monkeypatch.setattr(pods, "LOST_S", 0.5)
+    monkeypatch.setattr(pods, "LOST_S", 3)
     a, b = make(), make()
     close_gates(a)
     with pool_of(Names(a, b), attempts=2) as pool:
@@ -236,7 +238,24 @@ def test_what_a_lost_pod_had_is_judged_by_others(
         if how == "hangs up":
             a.hang_up()
         assert results(futures) == [(PASSED,)] * 8
-        assert pool.stats().restarts == 1 and pool.stats().errors["ConnectionLostError"] >= 1
+        assert pool.stats().restarts >= 1 and pool.stats().errors["ConnectionLostError"] >= 1
+
+
+@pytest.mark.parametrize("how", ["silent", "hangs up"])
+def test_a_submission_that_breaks_every_pod_ends(how: str, make: Callable[..., FakePod], monkeypatch) -> None:
+    monkeypatch.setattr(pods, "LOST_S", 3)
+    found = [make(), make(), make()]
+    close_gates(*found)
+    with pool_of(Names(*found), attempts=2) as pool, ThreadPoolExecutor(1) as threads:
+        future = threads.submit(pool.judge, program("bad"))
+        for _ in range(2):
+            until(lambda: any(pod.held for pod in found if not pod.mute))
+            broken = next(pod for pod in found if pod.held and not pod.mute)
+            broken.mute = True
+            if how == "hangs up":
+                broken.hang_up()
+        assert isinstance(future.exception(WAIT_S), ConnectionLostError)
+        assert sum(pod.judged == ["bad"] for pod in found) == 2
 
 
 def test_a_dead_pod_is_tried_again_after_rests_that_grow(make: Callable[..., FakePod], threads) -> None:
@@ -301,11 +320,13 @@ def test_a_wrong_token(make: Callable[..., FakePod], monkeypatch: pytest.MonkeyP
     """Said at once: waiting would not help."""
     monkeypatch.setattr(pods, "_START_S", WAIT_S)
     other = make(token="o" * 32)
+    started = time.monotonic()
     wrong = rf"^token_file: .*different tokens.*sandbox\.token_file or DIFFRL_SANDBOX_TOKEN.*at {other.at}"
     with pytest.raises(SandboxUnavailableError, match=wrong):
         require_available([NAME], TOKEN, pytest.fail, Names(other))
     with pytest.raises(SandboxUnavailableError, match=wrong):
         pool_of(Names(other))
+    assert time.monotonic() - started < WAIT_S / 2
 
 
 def test_where_some_work_and_some_do_not_it_goes_on_and_says_so(make: Callable[..., FakePod]) -> None:
