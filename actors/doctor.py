@@ -110,9 +110,10 @@ def check_sandbox(options: BackendOptions | ConfigError) -> Finding:
     if isinstance(options, ConfigError):
         return Finding(check="sandbox", verdict="bad", found=str(options), way_out=way_out)
     why_not_docker: list[str] = []
+    unusable: list[str] = []  # pods, where others answer
     try:
         backend = choose_backend(options, why_not_docker.append)
-        require_available(options)
+        require_available(options, unusable.append)
     except SandboxUnavailableError as error:
         found = "; ".join([*why_not_docker, " ".join(str(error).split())])
         return Finding(check="sandbox", verdict="bad", found=found, way_out=way_out)
@@ -121,6 +122,10 @@ def check_sandbox(options: BackendOptions | ConfigError) -> Finding:
         "process": "plain subprocesses are allowed" if options.allow_unisolated else "bubblewrap works",
         "pod": f"{', '.join(options.addresses)} answer",
     }[backend]
+    if unusable:
+        return Finding(
+            check="sandbox", verdict="warn", found=f"pod, {unusable[0]}", way_out="start sandboxes there too"
+        )
     if backend == "process" and options.allow_unisolated:
         found = f"process, {told}: judged programs may have this user's rights"
         way_out = "apt-get install bubblewrap, and leave sandbox.allow_unisolated out"

@@ -1,7 +1,7 @@
 """Which backend judges, and a pool of it.
 
 docker   warm containers of the judge image                               container.py
-pod      the same image elsewhere, reached over TCP with a token           pod.py
+pod      the same image elsewhere, reached over TCP with a token           pod.py, and many of them: pods.py
 process  bubblewrap on this machine, no engine needed                      process.py
 auto     docker where an engine answers and has the image of this version, else process
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox import process
-from sandbox.pool import SandboxPool
+from sandbox.pool import Pool, SandboxPool
 from sandbox.types import Sandbox, SandboxUnavailableError
 
 BACKENDS = ("auto", "docker", "process", "pod")
@@ -35,10 +35,10 @@ class BackendOptions:
 
     backend: str = "auto"
     slots: int = 2  # submissions judged at the same time
-    slots_per_container: int = 1  # at most; several share a memory limit; pod: of one connection
+    slots_per_container: int = 1  # docker: at most; several share a memory limit
     image: str = DEFAULT_IMAGE
     runtime: str | None = None  # OCI runtime of docker, such as runsc
-    addresses: tuple[str, ...] = ()  # host:port of pods, or of a Service in front of them
+    addresses: tuple[str, ...] = ()  # host:port of pods; a name may lead to many
     token: str = field(default="", repr=False)  # of pods
     allow_unisolated: bool = False  # process: without bubblewrap, as plain subprocesses
     engine_url: str | None = None  # of docker; None: what DOCKER_HOST or the default says
@@ -64,8 +64,9 @@ def choose_backend(options: BackendOptions, say: Callable[[str], None] = warn) -
     return "docker"
 
 
-def require_available(options: BackendOptions) -> None:
-    """Returns when the backend, and every pod of it, can be used; raises SandboxUnavailableError with the way out."""
+def require_available(options: BackendOptions, say: Callable[[str], None] = warn) -> None:
+    """Returns when the backend can be used; raises SandboxUnavailableError with the way out. `say` hears in one line of
+    pods that cannot be used, where others can."""
     backend = choose_backend(options, say=lambda text: None)
     if backend == "process":
         process.require_available(options.allow_unisolated)
@@ -73,23 +74,22 @@ def require_available(options: BackendOptions) -> None:
         _require_docker(options)
     else:
         _require_pod_options(options)
-        for address in options.addresses:
-            _module("pod").require_available(address, options.token)
+        _module("pods").require_available(options.addresses, options.token, say)
 
 
-def open_sandbox(options: BackendOptions, *, attempts: int = 2) -> SandboxPool:
+def open_sandbox(options: BackendOptions, *, attempts: int = 2) -> Pool:
     """A pool with `options.slots` slots, or a few more where containers share them out evenly."""
     options = replace(options, backend=choose_backend(options))
-    if options.backend == "process":
-        size = options.slots
-    else:
-        size = max(len(options.addresses), math.ceil(options.slots / options.slots_per_container))
+    if options.backend == "pod":
+        _require_pod_options(options)
+        return _module("pods").PodPool(options.addresses, options.token, options.slots, say=warn, attempts=attempts)
+    size = options.slots if options.backend == "process" else math.ceil(options.slots / options.slots_per_container)
     each = math.ceil(options.slots / size)
     return SandboxPool(starter(replace(options, slots=each)), size, attempts=attempts)
 
 
 def starter(options: BackendOptions) -> Callable[[], Sandbox]:
-    """A function that makes one sandbox with `options.slots` slots (process: always one), from pods in turn.
+    """A function that makes one sandbox with `options.slots` slots (process: always one), at the addresses in turn.
 
     Raises SandboxUnavailableError; a pod that does not answer is the business of whoever uses the sandbox.
     """
@@ -151,12 +151,13 @@ def _require_pod_options(options: BackendOptions) -> None:
 
 
 def _module(name: str) -> Any:
-    """sandbox.container or sandbox.pod, which need the docker package; the process backend does not."""
+    """sandbox.container, pod or pods, which need the docker package; the process backend does not."""
     try:
         return importlib.import_module(f"sandbox.{name}")
     except ModuleNotFoundError as error:
         if error.name != "docker":
             raise
         raise SandboxUnavailableError(
-            f"backend: {name} needs the Python package docker: pip install 'diffrl[docker]', or set sandbox.backend: process"
+            "backend: docker and pod need the Python package docker: pip install 'diffrl[docker]', or set sandbox.backend:"
+            " process"
         ) from None

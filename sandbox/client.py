@@ -4,11 +4,19 @@ import contextlib
 import hmac
 import secrets
 import threading
+import time
 from concurrent.futures import Future
 from typing import Any, Protocol
 
 from sandbox.judge import frames, protocol
-from sandbox.types import SandboxError, SandboxUnavailableError, Submission, SubmissionTooLargeError, Verdict
+from sandbox.types import (
+    SandboxError,
+    SandboxRefusedError,
+    SandboxUnavailableError,
+    Submission,
+    SubmissionTooLargeError,
+    Verdict,
+)
 
 _ANSWER_S = 60.0  # beyond the limits of the submission itself; a supervisor that needs longer is lost
 
@@ -47,7 +55,8 @@ class Connection:
         return self._lost is not None
 
     def judge(self, submission: Submission) -> Verdict:
-        """Raises ConnectionLostError, SubmissionTooLargeError, or SandboxError with what the supervisor said."""
+        """Raises ConnectionLostError, SubmissionTooLargeError, SandboxRefusedError, or SandboxError with what the
+        supervisor said."""
         limits = submission.limits
         bound = 2 * limits.wall_s + (limits.cpu_s + limits.wall_s) * (len(submission.tests) + 1) + _ANSWER_S
         answer = self._ask({"op": "judge", "submission": protocol.submission_to_wire(submission)}, bound)
@@ -59,9 +68,9 @@ class Connection:
             raise SandboxError("the sandbox answered with a verdict about something else")
         return verdict
 
-    def stats(self) -> dict[str, int]:
+    def stats(self, timeout_s: float = _ANSWER_S) -> dict[str, int]:
         """The supervisor's counters: judged, errors, slots_started, busy, waiting, slots, draining."""
-        return self._ask({"op": "stats"}, _ANSWER_S)["stats"]
+        return self._ask({"op": "stats"}, timeout_s)["stats"]
 
     def survivors(self) -> list[str]:
         """Processes, files and System V objects that judged programs left behind."""
@@ -107,14 +116,20 @@ class Connection:
             if self._lost is not None:
                 raise ConnectionLostError(f"the connection to the sandbox is gone: {self._lost}")
             self._waiting[number] = answer
+        deadline = time.monotonic() + timeout_s
         try:
-            with self._sending:
+            if not self._sending.acquire(timeout=timeout_s):  # another thread sends to a peer that does not read
+                raise TimeoutError
+            try:
                 frames.send(self._channel, {"id": number, **message})
-            fields = answer.result(timeout_s)
+            finally:
+                self._sending.release()
+            fields = answer.result(deadline - time.monotonic())
         except frames.FrameError as error:
             raise SubmissionTooLargeError(f"the submission is too large: {error}") from None
         except TimeoutError:
-            self.close()
+            self._lose(f"no answer within {timeout_s:.0f} s")
+            self._channel.close()
             raise ConnectionLostError(f"the sandbox gave no answer within {timeout_s:.0f} s") from None
         except OSError as error:
             self._lose(str(error))
@@ -122,7 +137,7 @@ class Connection:
         finally:
             self._waiting.pop(number, None)
         if "error" in fields:
-            raise SandboxError(str(fields["error"]))
+            raise (SandboxRefusedError if fields.get("refused") else SandboxError)(str(fields["error"]))
         return fields
 
     def _read(self) -> None:

@@ -1,4 +1,5 @@
-"""The `pod` backend: a supervisor of the judge image that listens on TCP, such as a pod of a Kubernetes cluster.
+"""The `pod` backend: a supervisor of the judge image that listens on TCP, such as a pod of a Kubernetes cluster. This is
+one pod; pods.py spreads work over many.
 
 Protects: what the container it runs in protects, see container.py (in a cluster the pod's securityContext and runtime
 class say so, and a NetworkPolicy keeps it from reaching anything); its slots from strangers, who do not hold the token,
@@ -23,26 +24,16 @@ from sandbox.container import CAPABILITIES, create, engine_of
 from sandbox.types import SandboxError, SandboxUnavailableError, Submission, Verdict
 
 PORT = 7010
-_CONNECT_S = 30.0
-_LOST_S = 60  # without a sign of life from the other host, the connection is given up
-
-
-def require_available(address: str, token: str) -> None:
-    """Returns when a supervisor answers there and holds the token; raises SandboxUnavailableError."""
-    try:
-        _connect(address, token).close()
-    except SandboxUnavailableError:
-        raise
-    except SandboxError as error:
-        raise SandboxUnavailableError(
-            f"addresses: no sandbox at {address} ({error}): start one there, or give another host:port"
-        ) from None
+METRICS_PORT = 7011  # see judge/metrics.py
+LOST_S = 4  # without a sign of life, the other host is given up
+_CONNECT_S = 10.0  # until it has greeted
+_STARTING_S = 30.0  # a pod may be about to listen, or to be replaced
 
 
 class PodSandbox:
     """Judges up to `slots` submissions at a time over one connection, which is made anew when it breaks.
 
-    address  "host:port" of a pod, or of a Service in front of several: the connection stays with the pod it reached
+    address  "host:port"
     """
 
     name = "pod"
@@ -83,17 +74,20 @@ class PodSandbox:
     def _connected(self) -> Connection:
         with self._lock:
             if self._connection is None or self._connection.lost:
-                self._connection = _connect(self._address, self._token)
+                self._connection = connect(self._address, self._token, patience_s=_STARTING_S)
             return self._connection
 
 
 @contextlib.contextmanager
-def local_pod(image: str, engine_url: str | None = None, slots: int = 4) -> Iterator[tuple[str, str]]:
+def local_pod(
+    image: str, engine_url: str | None = None, slots: int = 4, token: str | None = None
+) -> Iterator[tuple[str, str]]:
     """One pod of the judge image in this machine's engine, on a network that leads to this machine only.
 
-    Yields (address, token). For trying the backend: programs in there can reach services that listen on this machine.
+    Yields (address, token) when it answers. For trying the backend: programs in there can reach services that listen on
+    this machine.
     """
-    token = secrets.token_hex(16)
+    token = token or secrets.token_hex(16)
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(contextlib.closing(engine_of(engine_url)))
         try:
@@ -105,39 +99,51 @@ def local_pod(image: str, engine_url: str | None = None, slots: int = 4) -> Iter
                 "cap_drop": ["ALL"],
                 "cap_add": CAPABILITIES,
                 "security_opt": ["no-new-privileges"],
-                "tmpfs": {"/scratch": "size=256m,mode=0711"},
+                "tmpfs": {"/scratch": "size=256m,mode=0777"},  # as open as an emptyDir of Kubernetes
             }
-            command = ["--slots", str(slots), "--listen", f"0.0.0.0:{PORT}"]
+            command = ["--slots", str(slots), "--listen", f"0.0.0.0:{PORT}", "--metrics", f"0.0.0.0:{METRICS_PORT}"]
             name = create(engine, image, command, options, environment={"DIFFRL_SANDBOX_TOKEN": token})
             stack.callback(engine.api.remove_container, name, force=True, v=True)
             engine.api.start(name)
             host = engine.api.inspect_container(name)["NetworkSettings"]["Networks"][network.name]["IPAddress"]
         except DockerException as error:
             raise SandboxError(f"could not start a sandbox pod: {error}") from None
-        yield f"{host}:{PORT}", token
+        address = f"{host}:{PORT}"
+        connect(address, token, patience_s=_STARTING_S).close()
+        yield address, token
 
 
-def _connect(address: str, token: str) -> Connection:
+def host_and_port(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         raise SandboxUnavailableError(f"addresses: {address!r} is no address: give host:port")
-    deadline = time.monotonic() + _CONNECT_S
+    return host.strip("[]"), int(port)
+
+
+def connect(address: str, token: str, patience_s: float = 0.0) -> Connection:
+    """Raises SandboxUnavailableError for a wrong token, SandboxError when no sandbox answers; for `patience_s` nobody need
+    listen yet."""
+    host, port = host_and_port(address)
+    deadline = time.monotonic() + patience_s
     while True:
         try:
-            sock = socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S)
+            sock = socket.create_connection((host, port), timeout=_CONNECT_S)
             break
-        except ConnectionRefusedError as error:  # a pod that is about to listen, or to be replaced
-            if time.monotonic() > deadline:
+        except ConnectionRefusedError as error:
+            if time.monotonic() >= deadline:
                 raise SandboxError(f"nothing listens at {address}: {error}") from None
             time.sleep(0.1)
         except OSError as error:
             raise SandboxError(f"cannot reach {address}: {error}") from None
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 3)):
+    for option, value in ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, LOST_S - 1)):
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _LOST_S)
-    return Connection(_Socket(sock), token, start_s=_CONNECT_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * LOST_S)
+    try:
+        return Connection(_Socket(sock), token, start_s=_CONNECT_S)
+    except SandboxError as error:
+        raise type(error)(f"{error} (at {address})") from None
 
 
 class _Socket:

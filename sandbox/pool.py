@@ -5,10 +5,12 @@ the verdict it must get. The canary runs at first use, after every replacement a
 first SandboxError on a member is charged to its submission and retires the member; whatever else was in there is judged
 again elsewhere at no charge, verdicts included, because the same event may have falsified them.
 
-There are no threads here: starts, canaries and retries run in the callers' own.
+There are no threads here: starts, canaries and retries run in the callers' own. A pool whose members are pods that
+come and go: pods.py.
 """
 
 import contextlib
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -22,6 +24,7 @@ from sandbox.canary import require_canary
 from sandbox.types import (
     Sandbox,
     SandboxError,
+    SandboxRefusedError,
     SandboxUnavailableError,
     Submission,
     SubmissionTooLargeError,
@@ -61,7 +64,7 @@ class PoolStats:
 
 
 @dataclass(slots=True, eq=False)
-class _Member:
+class Member:
     """One sandbox at its place in the pool; when it breaks, another takes the place."""
 
     place: int
@@ -70,12 +73,17 @@ class _Member:
     busy: int = 0
     fit: bool = False  # judged the canary rightly; until then at most one submission is in here, to see to that
     retired: bool = False
+    refuses: bool = False  # full, or about to leave: takes nothing for now
+    elsewhere: int = 0  # submissions that it has from others
     since_canary: int = 0
     failures: int = 0  # of starts and canaries at this place, in a row
     rests_until: float = 0.0
 
     def has_room(self) -> bool:
-        return self.busy < (self.slots if self.fit else 1)
+        return not self.refuses and self.busy < (self.slots if self.fit else 1)
+
+    def load(self) -> float:
+        return (self.busy + self.elsewhere) / self.slots
 
 
 @dataclass(slots=True, eq=False)
@@ -83,7 +91,7 @@ class _Ticket:
     """A submission that waits for a slot."""
 
     avoid: set[int]
-    member: Future[_Member] = field(default_factory=Future)
+    member: Future[Member] = field(default_factory=Future)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,27 +120,15 @@ class _Gauge:
         return self._offset + self.count * time.monotonic()
 
 
-class SandboxPool:
-    """A Sandbox made of `size` sandboxes, all alike.
+class Pool:
+    """A Sandbox made of several, and a queue in front of them. SandboxPool and PodPool say which they are."""
 
-    with SandboxPool(ProcessSandbox, 2) as pool:
-        verdict = pool.judge(submission)
-
-    `start` makes a member and is called again for every replacement. The first member is made here, so that a backend
-    that cannot be used at all says so at once; the others when they are needed.
-    """
-
-    def __init__(
-        self,
-        start: Callable[[], Sandbox],
-        size: int,
-        *,
-        attempts: int = 2,
-        max_waiting: int = 1000,
-        canary_every: int = 500,
-    ) -> None:
-        assert size >= 1 and attempts >= 1 and max_waiting >= 0 and canary_every >= 1
-        self._start = start
+    def __init__(self, name: str, *, attempts: int = 2, max_waiting: int = 1000, canary_every: int = 500) -> None:
+        assert attempts >= 1 and max_waiting >= 0 and canary_every >= 1
+        self.name = name
+        self._members: list[Member] = []
+        self._most_busy = math.inf
+        self._over = False  # closed for good
         self._attempts = attempts
         self._max_waiting = max_waiting
         self._canary_every = canary_every
@@ -144,17 +140,22 @@ class SandboxPool:
         self._errors: Counter[str] = Counter()
         self._cpu_s = 0.0
         self._restarts = self._canaries = 0
-        first = self._start_first(size)
-        self.name = first.name
-        self._members = [_Member(place, first.slots) for place in range(size)]
-        self._members[0].sandbox = first
 
-    def _start_first(self, tries: int) -> Sandbox:
-        """Members may be different machines, of which one that works is enough."""
-        for _ in range(tries - 1):
-            with contextlib.suppress(SandboxError):
-                return self._start()
-        return self._start()
+    def _start(self) -> Sandbox:
+        """What a member without a sandbox gets."""
+        raise NotImplementedError
+
+    def _replace(self, member: Member, unfit: bool) -> None:
+        """Takes a member that broke out of the list. With the lock held."""
+        raise NotImplementedError
+
+    def _is_hopeless(self, unfit: int) -> bool:
+        """Whether a submission that has met `unfit` unfit members should give up."""
+        raise NotImplementedError
+
+    def _renewed(self) -> list[Member]:
+        """The members that the pool has after it was closed."""
+        raise NotImplementedError
 
     @property
     def slots(self) -> int:
@@ -215,7 +216,7 @@ class SandboxPool:
         judged, that or a verdict. A later `judge` would start new members."""
         with self._lock:
             old = self._members
-            self._members = [_Member(member.place, member.slots) for member in old]
+            self._members = self._renewed()
             for member in old:
                 member.retired = True
             while self._queue:
@@ -235,7 +236,7 @@ class SandboxPool:
 
     # One attempt, by the thread that holds a slot.
 
-    def _attempt(self, member: _Member, submission: Submission) -> Verdict | _Failure:
+    def _attempt(self, member: Member, submission: Submission) -> Verdict | _Failure:
         try:
             self._make_fit(member)
         except SandboxError as error:
@@ -248,6 +249,9 @@ class SandboxPool:
             with self._lock:
                 self._errors[type(error).__name__] += 1
             return _Failure(error=error, blame="submission")
+        except SandboxRefusedError as error:  # nor here
+            member.refuses = True
+            return _Failure(error=error, blame="neighbour")
         except SandboxError as error:
             first = self._retire(member, error)
             return _Failure(error=error, blame="submission" if first else "neighbour")
@@ -259,7 +263,7 @@ class SandboxPool:
             self._cpu_s += verdict.cpu_s
             return verdict
 
-    def _make_fit(self, member: _Member) -> None:
+    def _make_fit(self, member: Member) -> None:
         """Starts the member if it is not running, and tests it if that is due. Raises SandboxError."""
         if member.sandbox is None:  # then nobody else is inside
             member.sandbox = self._start()
@@ -275,8 +279,8 @@ class SandboxPool:
             member.failures = 0
             self._dispatch()
 
-    def _retire(self, member: _Member, error: SandboxError | None = None, *, unfit: bool = False) -> bool:
-        """Puts a new member, not yet started, in the place of a broken one; False when that had been done before."""
+    def _retire(self, member: Member, error: SandboxError | None = None, *, unfit: bool = False) -> bool:
+        """Takes a broken member out; False when that had been done before."""
         with self._lock:
             if error is not None:
                 self._errors[type(error).__name__] += 1
@@ -284,27 +288,16 @@ class SandboxPool:
                 return False
             member.retired = True
             self._restarts += 1
-            self._members[member.place] = successor = _Member(member.place, member.slots)
-            if unfit:
-                successor.failures = member.failures + 1
-                successor.rests_until = time.monotonic() + _REST_S
+            self._replace(member, unfit)
             return True
-
-    def _is_hopeless(self, unfit: int) -> bool:
-        """Whether a submission that has met `unfit` unfit members should give up."""
-        with self._lock:
-            if all(member.failures >= _MAX_FAILURES for member in self._members):
-                return True
-            others_may_work = any(member.fit or member.busy for member in self._members)
-            return unfit >= _MAX_FAILURES and not others_may_work
 
     # Slots.
 
-    def _enter(self, members: list[_Member], avoid: set[int]) -> _Member:
+    def _enter(self, members: list[Member], avoid: set[int]) -> Member:
         """Takes a slot, waiting for it if need be; at a place in `avoid` only if there is no other."""
         ticket = _Ticket(avoid)
         with self._lock:
-            if members is not self._members:
+            if members is not self._members or self._over:
                 raise SandboxClosedError("the pool was closed")
             self._queue.append(ticket)
             self._waiting.add(1)
@@ -322,7 +315,7 @@ class SandboxPool:
                 self._leave(ticket.member.result())
             raise
 
-    def _leave(self, member: _Member) -> None:
+    def _leave(self, member: Member) -> None:
         if member.retired:
             _end(member)
         with self._lock:
@@ -334,7 +327,7 @@ class SandboxPool:
     def _dispatch(self) -> None:
         """Gives slots to those who wait, first come first served. With the lock held, whenever a slot may be free."""
         for ticket in list(self._queue):
-            if not any(member.has_room() for member in self._members):
+            if self._busy.count >= self._most_busy or not any(member.has_room() for member in self._members):
                 return
             member = self._pick(ticket.avoid)
             if member is not None:
@@ -342,19 +335,57 @@ class SandboxPool:
                 self._busy.add(1)
                 self._unqueue(ticket).set_result(member)
 
-    def _pick(self, avoid: set[int]) -> _Member | None:
+    def _pick(self, avoid: set[int]) -> Member | None:
         now = time.monotonic()
         members = [m for m in self._members if m.failures < _MAX_FAILURES or now >= m.rests_until] or self._members
-        members = [m for m in members if m.place not in avoid] or members
-        return min((m for m in members if m.has_room()), key=lambda m: (not m.fit, m.busy), default=None)
+        members = [m for m in members if m.place not in avoid and not m.refuses] or members
+        return min((m for m in members if m.has_room()), key=lambda m: (not m.fit, m.load()), default=None)
 
-    def _unqueue(self, ticket: _Ticket) -> Future[_Member]:
+    def _unqueue(self, ticket: _Ticket) -> Future[Member]:
         self._queue.remove(ticket)
         self._waiting.add(-1)
         return ticket.member
 
 
-def _end(member: _Member) -> None:
+class SandboxPool(Pool):
+    """`size` sandboxes, all alike.
+
+    with SandboxPool(ProcessSandbox, 2) as pool:
+        verdict = pool.judge(submission)
+
+    `start` makes a member and is called again for every replacement. The first member is made here, so that a backend
+    that cannot be used at all says so at once; the others when they are needed.
+    """
+
+    def __init__(self, start: Callable[[], Sandbox], size: int, **options: int) -> None:
+        assert size >= 1
+        first = start()
+        super().__init__(first.name, **options)
+        self._make = start
+        self._members = [Member(place, first.slots) for place in range(size)]
+        self._members[0].sandbox = first
+
+    def _start(self) -> Sandbox:
+        return self._make()
+
+    def _replace(self, member: Member, unfit: bool) -> None:
+        self._members[member.place] = successor = Member(member.place, member.slots)
+        if unfit:
+            successor.failures = member.failures + 1
+            successor.rests_until = time.monotonic() + _REST_S
+
+    def _is_hopeless(self, unfit: int) -> bool:
+        with self._lock:
+            if all(member.failures >= _MAX_FAILURES for member in self._members):
+                return True
+            others_may_work = any(member.fit or member.busy for member in self._members)
+            return unfit >= _MAX_FAILURES and not others_may_work
+
+    def _renewed(self) -> list[Member]:
+        return [Member(member.place, member.slots) for member in self._members]
+
+
+def _end(member: Member) -> None:
     """Everyone who leaves a retired member calls this, because a `judge` after its end would have started it anew."""
     if member.sandbox is not None:
         with contextlib.suppress(SandboxError):

@@ -94,6 +94,10 @@ class SandboxUnavailableError(SandboxError):
     """The backend cannot be used at all as things stand; the message names the way out."""
 
 
+class SandboxRefusedError(SandboxError):
+    """A pod that is full, or about to leave, did not take the submission; nothing is broken."""
+
+
 class SubmissionTooLargeError(SandboxError):
     """The submission does not fit into a frame; no other sandbox will take it either."""
 

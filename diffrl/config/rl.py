@@ -232,10 +232,10 @@ class SandboxConfig(Section):
 
     backend: Literal["auto", "docker", "process", "pod"] = "auto"  # auto: docker if it can be used, else process
     slots: Positive = 2  # programs that one reward worker judges at the same time
-    slots_per_container: Positive = 1  # docker: several share a memory limit; pod: of one connection
+    slots_per_container: Positive = 1  # docker: several share a memory limit
     image: str = "diffrl-sandbox:base"  # docker
     runtime: str | None = None  # docker: an OCI runtime such as runsc; None: the engine's default
-    addresses: Sequence[str] = []  # pod: host:port of each, or of a Service in front of them
+    addresses: Sequence[str] = []  # pod: host:port of each; a name may lead to many, as that of a headless Service
     token_file: str | None = (
         None  # pod: file with the pods' secret, on every node; None: environment DIFFRL_SANDBOX_TOKEN
     )

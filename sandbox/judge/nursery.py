@@ -61,6 +61,8 @@ class Nursery:
         self._clean(index)
         folders = [SCRATCH / str(index) / role for role in ("solution", "evaluator")]
         folders[0].parent.mkdir(parents=True, exist_ok=True)
+        if SCRATCH.stat().st_mode & 0o022:  # a pod's volume is open to all, and what programs left there would stay
+            SCRATCH.chmod(0o711)
         controls = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in folders]
         ours, theirs = socket.socketpair()
         pids = []

@@ -6,7 +6,7 @@ then, in any order, each with a number that its answer repeats:
   {"id", "op": "judge", "submission": {...}}  -> {"id", "verdict": {...}}
   {"id", "op": "stats"}                       -> {"id", "stats": {...}}
   {"id", "op": "left"}                        -> {"id", "left": [what judged programs left behind]}
-and where it could not be done              -> {"id", "error": text}
+and where it could not be done              -> {"id", "error": text}, with "refused": true from one that is full or leaves
 
 On the standard streams of a container there is no token and no welcome: `challenge` is null. The token itself never
 crosses the wire: a proof is HMAC-SHA256 of the other side's challenge.

@@ -1,5 +1,6 @@
 """What the doctor finds under conditions that are really there: ports taken here, files, limits, configs with mistakes."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -51,6 +53,7 @@ from diffrl.models.sizes import sizes_of
 from sandbox.backends import BackendOptions
 from sandbox.image.fingerprint import judge_fingerprint
 from tests.actors.conftest import rl_config
+from tests.sandbox.fake_pods import FakePod
 
 ROOT = Path(__file__).parents[2]
 GB = 10**9
@@ -233,6 +236,19 @@ def test_bubblewrap_or_what_to_install(tmp_path: Path, monkeypatch: pytest.Monke
     assert "apt-get install bubblewrap" in found.way_out
     found = check_sandbox(BackendOptions(allow_unisolated=True, **nowhere))
     assert found.verdict == "warn" and "this user's rights" in found.found
+
+
+def test_pods_of_which_some_answer():
+    up, down = FakePod(), FakePod()
+    down.close()
+    with contextlib.closing(up):
+        options = BackendOptions(backend="pod", addresses=(up.at, down.at), token=up.token)
+        found = check_sandbox(options)
+        assert found.verdict == "warn" and f"no sandbox at {down.at}" in found.found and "judge: 1" in found.found
+        found = check_sandbox(replace(options, addresses=(up.at,)))
+        assert found.verdict == "ok" and found.found == f"pod, {up.at} answer"
+    found = check_sandbox(options)
+    assert found.verdict == "bad" and up.at in found.found and down.at in found.found
 
 
 @pytest.mark.docker

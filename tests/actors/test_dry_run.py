@@ -348,6 +348,13 @@ MISTAKES = [
         "127.0.0.1:1",
         "start one there, or give another host:port",
     ),
+    (
+        "rl",
+        "sandbox.backend=pod sandbox.addresses=[sandbox.invalid:7010] sandbox.token_file=rl.yaml",
+        "sandbox.addresses",
+        "sandbox.invalid:7010",
+        "the name does not resolve",
+    ),
     # Data
     ("rl", "data.path=data/gone.jsonl", "data.path", "data/gone.jsonl", "check the path"),
     ("rl", "data.path=data/a.csv", "data.path", "data/a.csv", "give a .jsonl, .jsonl.gz or .parquet file"),

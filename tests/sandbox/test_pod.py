@@ -4,6 +4,7 @@ import hashlib
 import secrets
 import socket
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,8 +12,8 @@ import docker
 import pytest
 
 from sandbox.judge import frames, protocol
-from sandbox.pod import PodSandbox, local_pod, require_available
-from sandbox.types import Limits, SandboxError, SandboxUnavailableError, Submission, TestStatus, Verdict
+from sandbox.pod import METRICS_PORT, PodSandbox, connect, local_pod
+from sandbox.types import Limits, SandboxRefusedError, SandboxUnavailableError, Submission, TestStatus, Verdict
 
 pytestmark = pytest.mark.docker
 PASSED, FAILED = TestStatus.PASSED, TestStatus.FAILED
@@ -34,7 +35,7 @@ def judge(sandbox: PodSandbox, code: str, *tests: str, limits: Limits | None = N
     return sandbox.judge(Submission(id="t", code=code, tests=tests, limits=limits or Limits(cpu_s=0.5, wall_s=5)))
 
 
-def connect(address: str) -> socket.socket:
+def dial(address: str) -> socket.socket:
     host, _, port = address.rpartition(":")
     return socket.create_connection((host, int(port)), timeout=60)
 
@@ -43,6 +44,36 @@ def test_right_and_wrong(sandbox: PodSandbox) -> None:
     verdict = judge(sandbox, "def f(x): return x * x", "assert f(2) == 4", "assert f(2) == 5", "f(")
     assert verdict.statuses == (PASSED, FAILED, TestStatus.ERROR)
     assert sandbox.survivors() == []
+
+
+def test_a_scratch_that_is_mounted_open_to_all_is_closed(sandbox: PodSandbox) -> None:
+    code = """
+import os
+def f():
+    try: open("/scratch/left behind", "w")
+    except PermissionError: return oct(os.stat("/scratch").st_mode & 0o7777)
+"""
+    assert judge(sandbox, code, "assert f() == '0o711'").statuses == (PASSED,)
+
+
+def test_counters_are_served_but_not_to_programs(pod: tuple[str, str], sandbox: PodSandbox) -> None:
+    code = """
+import socket
+def f(host, port):
+    with socket.socket() as sock:
+        sock.settimeout(5)
+        sock.connect((host, port))
+        return sock.recv(10)
+"""
+    host = pod[0].rpartition(":")[0]
+    tests = [f"assert f({own.encode()}, {METRICS_PORT}) == b''" for own in (host, "127.0.0.1")]
+    verdict = judge(sandbox, code, *tests)
+    assert verdict.statuses == (PASSED, PASSED), verdict.details
+    with urllib.request.urlopen(f"http://{host}:{METRICS_PORT}/metrics", timeout=60) as answer:
+        served = answer.read().decode().splitlines()
+    stats = sandbox.stats()
+    assert f"diffrl_sandbox_judged_total {stats['judged']}" in served and stats["judged"] >= 1
+    assert f"diffrl_sandbox_slots {stats['slots']}" in served
 
 
 def test_many_clients_at_once(pod: tuple[str, str]) -> None:
@@ -59,14 +90,14 @@ def test_many_clients_at_once(pod: tuple[str, str]) -> None:
 @pytest.mark.parametrize("token", ["", "x" * 32])
 def test_a_wrong_token_is_refused(pod: tuple[str, str], token: str) -> None:
     with pytest.raises(SandboxUnavailableError, match=r"different tokens.*DIFFRL_SANDBOX_TOKEN"):
-        require_available(pod[0], token)
+        connect(pod[0], token)
     with PodSandbox(address=pod[0], token=token) as sandbox, pytest.raises(SandboxUnavailableError):
         judge(sandbox, "", "assert True")
 
 
 def test_nothing_is_judged_before_the_token_is_proved(pod: tuple[str, str]) -> None:
     submission = protocol.submission_to_wire(Submission(id="t", code="", tests=("assert True",)))
-    with connect(pod[0]) as sock:
+    with dial(pod[0]) as sock:
         assert frames.recv(sock)["hello"]["challenge"]
         frames.send(sock, {"id": 1, "op": "judge", "submission": submission})
         assert frames.recv(sock) == {"error": "wrong token"}
@@ -74,7 +105,7 @@ def test_nothing_is_judged_before_the_token_is_proved(pod: tuple[str, str]) -> N
 
 
 def test_a_proof_is_good_for_one_challenge(pod: tuple[str, str]) -> None:
-    with connect(pod[0]) as first, connect(pod[0]) as second:
+    with dial(pod[0]) as first, dial(pod[0]) as second:
         challenge = frames.recv(first)["hello"]["challenge"]
         assert frames.recv(second)["hello"]["challenge"] != challenge
         frames.send(second, {"proof": protocol.proof(pod[1], challenge, "client"), "challenge": "00"})
@@ -83,7 +114,7 @@ def test_a_proof_is_good_for_one_challenge(pod: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("data", [b"\xff\xff\xff\xff", b"\x00\x01\x00\x00" + b"x" * 70000, b"GET / HTTP/1.1\r\n\r\n"])
 def test_strangers_are_hung_up_on(pod: tuple[str, str], sandbox: PodSandbox, data: bytes) -> None:
-    with connect(pod[0]) as sock:
+    with dial(pod[0]) as sock:
         frames.recv(sock)
         sock.sendall(data)
         assert "bytes, at most 4096 are allowed" in frames.recv(sock)["error"]
@@ -104,7 +135,7 @@ def test_strangers_are_hung_up_on(pod: tuple[str, str], sandbox: PodSandbox, dat
 )
 def test_a_bad_request_is_answered_and_hurts_nobody(pod: tuple[str, str], change: dict, complaint: str) -> None:
     submission = protocol.submission_to_wire(Submission(id="t", code="", tests=("assert True",)))
-    with connect(pod[0]) as sock:
+    with dial(pod[0]) as sock:
         challenge = frames.recv(sock)["hello"]["challenge"]
         frames.send(sock, {"proof": protocol.proof(pod[1], challenge, "client"), "challenge": "0"})
         assert frames.recv(sock) == {"welcome": protocol.proof(pod[1], "0", "supervisor")}
@@ -128,14 +159,14 @@ def test_a_rogue_supervisor_is_found_out() -> None:
 
         answered = threads.submit(rogue)
         with pytest.raises(SandboxUnavailableError, match="different tokens"):
-            require_available(f"127.0.0.1:{server.getsockname()[1]}", secrets.token_hex(16))
+            connect(f"127.0.0.1:{server.getsockname()[1]}", secrets.token_hex(16))
         answered.result(60)
 
 
 @pytest.mark.parametrize("address", ["localhost", "localhost:x", ":7010"])
 def test_bad_addresses(address: str) -> None:
     with pytest.raises(SandboxUnavailableError, match=r"addresses.*host:port"):
-        require_available(address, "x" * 32)
+        connect(address, "x" * 32)
 
 
 def test_no_process_that_runs_programs_holds_the_token(pod: tuple[str, str], sandbox: PodSandbox) -> None:
@@ -180,7 +211,7 @@ def f(host, port):
     with ThreadPoolExecutor(1) as threads:
         flood = threads.submit(judge, sandbox, code, f"assert f({host!r}, {port}) <= 16", limits=patient)
         while not flood.done():
-            require_available(*pod)
+            connect(*pod).close()
         assert flood.result().statuses == (PASSED,), flood.result().details
 
 
@@ -234,7 +265,7 @@ def test_sigterm_drains(container_engine: str, judge_image: str) -> None:
         container.kill("SIGTERM")
         while not sandbox.stats()["draining"]:
             assert time.monotonic() < deadline
-        with pytest.raises(SandboxError, match="about to leave"):
+        with pytest.raises(SandboxRefusedError, match="about to leave"):
             judge(sandbox, "", "assert True")
         assert [future.result(60).statuses for future in accepted] == [(PASSED,), (PASSED,)]
         assert container.wait(timeout=60)["StatusCode"] == 0
