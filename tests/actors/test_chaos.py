@@ -48,7 +48,7 @@ class Chaos:
         self.random = random.Random(seed)
         self.count: Counter[str] = Counter()
         self.threads: list[threading.Thread] = []
-        self.pids: set[int] = set()  # of all that were ever broken
+        self.broken: list[psutil.Process] = []
         self.kinds: dict[str, Callable[[], None]] = {
             "rollout worker killed": lambda: self.signal("rollout", signal.SIGKILL),
             "reward worker killed": lambda: self.signal("judge", signal.SIGKILL),
@@ -71,7 +71,7 @@ class Chaos:
         def happen() -> None:
             time.sleep(delay_s)
             while True:  # between two containers, or while a worker starts, there may be nothing to break
-                with contextlib.suppress(IndexError, ProcessLookupError, docker.errors.APIError):
+                with contextlib.suppress(IndexError, ProcessLookupError, psutil.NoSuchProcess, docker.errors.APIError):
                     self.kinds[kind]()
                     break
                 time.sleep(0.05)
@@ -88,8 +88,8 @@ class Chaos:
         pid = place_of(self.random.choice(actors)).pid
         if pid is None:
             raise ProcessLookupError
+        self.broken.append(psutil.Process(pid))
         os.kill(pid, number)
-        self.pids.add(pid)
 
     def container(self) -> Any:
         return self.random.choice(self.client.containers.list(filters=LABEL, ignore_removed=True))
@@ -217,7 +217,7 @@ def test_faults_cost_time_and_nothing_else(
     )
     assert left - {"failed_batches"} == right and committed_steps(small_disk / "struck")[-1] == steps
 
-    assert not any(psutil.pid_exists(pid) for pid in run.chaos.pids)
+    assert not any(process.is_running() for process in run.chaos.broken)  # its number may be another's by now
     with contextlib.closing(docker.DockerClient(base_url=container_engine)) as client:
         assert client.containers.list(all=True, filters=LABEL, ignore_removed=True) == []
     assert placement_group_table() == {}
