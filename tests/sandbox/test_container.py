@@ -99,7 +99,7 @@ def f(x):
         "out_of_memory",
         "killed",
     ]
-    assert verdict.trust == "high" and verdict.cpu_s >= 0.5
+    assert verdict.trust == "high" and verdict.cpu_s >= 0.1
 
 
 WHO = """
