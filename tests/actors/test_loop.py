@@ -408,7 +408,7 @@ def test_an_exact_run_has_no_guard(plain_run: Path):
     rows = [json.loads(line) for line in (plain_run / "metrics.jsonl").read_text().splitlines()]
     assert not any(key.startswith(("guard/", "sampling/")) for row in rows for key in row)
     for row in rows:
-        assert row["rollout/forward_passes"] >= 10 and row["rollout/tokens_per_second"] > 0
+        assert row["rollout/forward_passes"] > 0 and row["rollout/tokens_per_second"] > 0
         assert 0.5 < row["rollout/useful_share"] <= 1
 
 
