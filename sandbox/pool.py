@@ -13,6 +13,7 @@ import contextlib
 import math
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -120,7 +121,7 @@ class _Gauge:
         return self._offset + self.count * time.monotonic()
 
 
-class Pool:
+class Pool(ABC):
     """A Sandbox made of several, and a queue in front of them. SandboxPool and PodPool say which they are."""
 
     def __init__(self, name: str, *, attempts: int = 2, max_waiting: int = 1000, canary_every: int = 500) -> None:
@@ -141,21 +142,17 @@ class Pool:
         self._cpu_s = 0.0
         self._restarts = self._canaries = 0
 
-    def _start(self) -> Sandbox:
-        """What a member without a sandbox gets."""
-        raise NotImplementedError
-
+    @abstractmethod
     def _replace(self, member: Member, unfit: bool) -> None:
         """Takes a member that broke out of the list. With the lock held."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _is_hopeless(self, unfit: int) -> bool:
         """Whether a submission that has met `unfit` unfit members should give up."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _renewed(self) -> list[Member]:
         """The members that the pool has after it was closed."""
-        raise NotImplementedError
 
     @property
     def slots(self) -> int:
@@ -264,10 +261,8 @@ class Pool:
             return verdict
 
     def _make_fit(self, member: Member) -> None:
-        """Starts the member if it is not running, and tests it if that is due. Raises SandboxError."""
-        if member.sandbox is None:  # then nobody else is inside
-            member.sandbox = self._start()
-            member.slots = member.sandbox.slots
+        """Tests the member if that is due. Raises SandboxError."""
+        assert member.sandbox is not None
         with self._lock:
             if member.fit and member.since_canary < self._canary_every:
                 return
@@ -361,12 +356,16 @@ class SandboxPool(Pool):
         assert size >= 1
         first = start()
         super().__init__(first.name, **options)
-        self._make = start
+        self._start = start
         self._members = [Member(place, first.slots) for place in range(size)]
         self._members[0].sandbox = first
 
-    def _start(self) -> Sandbox:
-        return self._make()
+    def _make_fit(self, member: Member) -> None:
+        """Starts the member if it is not running, too."""
+        if member.sandbox is None:  # then nobody else is inside
+            member.sandbox = self._start()
+            member.slots = member.sandbox.slots
+        super()._make_fit(member)
 
     def _replace(self, member: Member, unfit: bool) -> None:
         self._members[member.place] = successor = Member(member.place, member.slots)
