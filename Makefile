@@ -39,7 +39,7 @@ engine:
 
 # What builds the cluster's manifests.
 kustomize:
-	$(call debian,kubectl,kubernetes-client,tests of the cluster's manifests are skipped)
+	$(call debian,kubectl,kubernetes-client,tests of the Kubernetes manifests are skipped)
 
 quickstart: venv system
 	$(BIN)/diffrl pipeline configs/quickstart_pipeline.yaml
