@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv system engine quickstart quickstart-seeds bench-judge bench-learner bench-sampler bench-sampler-frontier bench-staleness bench-supervised study-staleness test test-slow lint clean
+.PHONY: venv system engine kustomize quickstart quickstart-seeds bench-judge bench-learner bench-sampler bench-sampler-frontier bench-staleness bench-supervised study-staleness test test-slow lint clean
 
 venv: $(STAMP)
 
@@ -36,6 +36,10 @@ system:
 # What the tests of containers need beside it: they start an engine of their own, and make the image without a registry.
 engine:
 	$(call debian,dockerd debootstrap ip,docker.io debootstrap iproute2,tests of containers are skipped without any engine)
+
+# What builds the cluster's manifests.
+kustomize:
+	$(call debian,kubectl,kubernetes-client,tests of the cluster's manifests are skipped)
 
 quickstart: venv system
 	$(BIN)/diffrl pipeline configs/quickstart_pipeline.yaml
@@ -69,7 +73,7 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-test: lint system engine
+test: lint system engine kustomize
 	$(BIN)/python -m pytest -m 'not slow' --durations=25
 
 test-slow: venv system engine

@@ -23,6 +23,7 @@ from sandbox.container import CAPABILITIES, create, engine_of
 from sandbox.types import SandboxError, SandboxUnavailableError, Submission, Verdict
 
 PORT = 7010
+METRICS_PORT = 7011  # see judge/metrics.py
 _CONNECT_S = 30.0
 _LOST_S = 60  # without a sign of life from the other host, the connection is given up
 
@@ -105,9 +106,9 @@ def local_pod(image: str, engine_url: str | None = None, slots: int = 4) -> Iter
                 "cap_drop": ["ALL"],
                 "cap_add": CAPABILITIES,
                 "security_opt": ["no-new-privileges"],
-                "tmpfs": {"/scratch": "size=256m,mode=0711"},
+                "tmpfs": {"/scratch": "size=256m,mode=0777"},  # as open as an emptyDir of Kubernetes
             }
-            command = ["--slots", str(slots), "--listen", f"0.0.0.0:{PORT}"]
+            command = ["--slots", str(slots), "--listen", f"0.0.0.0:{PORT}", "--metrics", f"0.0.0.0:{METRICS_PORT}"]
             name = create(engine, image, command, options, environment={"DIFFRL_SANDBOX_TOKEN": token})
             stack.callback(engine.api.remove_container, name, force=True, v=True)
             engine.api.start(name)

@@ -43,7 +43,7 @@ def container_engine() -> Iterator[str]:
 
 
 def unavailable(problem: str) -> NoReturn:
-    """Skips the test, or fails it in CI on Debian as root, where engine and image can always be had."""
+    """Skips the test, or fails it in CI on Debian as root, where engine, image and kubectl can always be had."""
     if os.environ.get("CI") == "true" and os.geteuid() == 0 and Path("/etc/debian_version").exists():
         pytest.fail(problem)
     pytest.skip(problem)

@@ -1,4 +1,4 @@
-"""Benchmarks and hostile programs that are not part of the repository: DIFFRL_SHARED, or the folder `shared` beside it."""
+"""Benchmarks, hostile programs and schemas, not part of the repository: DIFFRL_SHARED, or the folder `shared` beside it."""
 
 import os
 from pathlib import Path
@@ -11,5 +11,5 @@ def shared_file(name: str) -> Path:
     path = Path(os.environ.get("DIFFRL_SHARED", Path(__file__).parents[2] / "shared")) / name
     if not path.exists():
         complain = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
-        complain(f"{path} is missing: set DIFFRL_SHARED to the folder that holds data/ and attacks/")
+        complain(f"{path} is missing: set DIFFRL_SHARED to the folder that holds data/, attacks/ and schemas/")
     return path

@@ -61,6 +61,7 @@ class Nursery:
         self._clean(index)
         folders = [SCRATCH / str(index) / role for role in ("solution", "evaluator")]
         folders[0].parent.mkdir(parents=True, exist_ok=True)
+        SCRATCH.chmod(0o711)  # a pod's volume is open to all, and what programs left there would stay
         controls = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in folders]
         ours, theirs = socket.socketpair()
         pids = []

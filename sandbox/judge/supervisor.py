@@ -9,6 +9,7 @@ capabilities SETUID, SETGID, KILL, CHOWN and DAC_OVERRIDE, nothing else, and a r
 /dev/shm and /scratch. Frames are at most 32 MB, 4 KB before the token is proved; the queue is bounded,
 and so are connections from one address that have not proved the token.
 SIGTERM drains: no new connection, no new submission, what was accepted is judged, then it leaves.
+`--metrics` serves the counters to Prometheus (metrics.py).
 """
 
 import argparse
@@ -31,7 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sandbox.judge import frames, nursery, protocol, zygote
+from sandbox.judge import frames, metrics, nursery, protocol, zygote
 
 TOKEN = "DIFFRL_SANDBOX_TOKEN"
 TOKEN_FILE = "DIFFRL_SANDBOX_TOKEN_FILE"
@@ -133,13 +134,15 @@ class Supervisor:
         self._draining.set()
         self._queue.join()
 
+    def stats(self) -> dict[str, int]:
+        with self._counting:
+            stats = {**self._counts, "waiting": self._queue.qsize(), "slots": self._num_slots}
+        return {**stats, "draining": int(self._draining.is_set())}
+
     def _take(self, client: Client, message: dict[str, Any]) -> None:
         number, op = message.get("id"), message.get("op")
         if op == "stats":
-            with self._counting:
-                stats = {**self._counts, "waiting": self._queue.qsize(), "slots": self._num_slots}
-            stats["draining"] = int(self._draining.is_set())
-            client.send({"id": number, "stats": stats})
+            client.send({"id": number, "stats": self.stats()})
         elif op == "left":
             client.send({"id": number, **self._ask_nursery({"op": "left"})[0]})
         elif op == "judge":
@@ -218,6 +221,8 @@ def main() -> None:
         supervisor.serve(Client(streams))
         leave(0)
     assert token is not None
+    if options.metrics:
+        metrics.serve(options.metrics, supervisor.stats)
     listen(supervisor, options.listen, token)
 
 
@@ -226,6 +231,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=4, help="submissions judged at the same time")
     parser.add_argument("--max-waiting", type=int, default=256, help="submissions that may wait for a slot")
     parser.add_argument("--listen", metavar="HOST:PORT", help=f"serve on TCP; needs {TOKEN} or {TOKEN_FILE}")
+    parser.add_argument("--metrics", metavar="HOST:PORT", help="with --listen: serve counters to Prometheus there")
     return parser.parse_args(arguments)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import secrets
 import socket
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +12,7 @@ import docker
 import pytest
 
 from sandbox.judge import frames, protocol
-from sandbox.pod import PodSandbox, local_pod, require_available
+from sandbox.pod import METRICS_PORT, PodSandbox, local_pod, require_available
 from sandbox.types import Limits, SandboxError, SandboxUnavailableError, Submission, TestStatus, Verdict
 
 pytestmark = pytest.mark.docker
@@ -43,6 +44,36 @@ def test_right_and_wrong(sandbox: PodSandbox) -> None:
     verdict = judge(sandbox, "def f(x): return x * x", "assert f(2) == 4", "assert f(2) == 5", "f(")
     assert verdict.statuses == (PASSED, FAILED, TestStatus.ERROR)
     assert sandbox.survivors() == []
+
+
+def test_a_scratch_that_is_mounted_open_to_all_is_closed(sandbox: PodSandbox) -> None:
+    code = """
+import os
+def f():
+    try: open("/scratch/left behind", "w")
+    except PermissionError: return oct(os.stat("/scratch").st_mode & 0o7777)
+"""
+    assert judge(sandbox, code, "assert f() == '0o711'").statuses == (PASSED,)
+
+
+def test_counters_are_served_but_not_to_programs(pod: tuple[str, str], sandbox: PodSandbox) -> None:
+    code = """
+import socket
+def f(host, port):
+    with socket.socket() as sock:
+        sock.settimeout(5)
+        sock.connect((host, port))
+        return sock.recv(10)
+"""
+    host = pod[0].rpartition(":")[0]
+    tests = [f"assert f({own.encode()}, {METRICS_PORT}) == b''" for own in (host, "127.0.0.1")]
+    verdict = judge(sandbox, code, *tests)
+    assert verdict.statuses == (PASSED, PASSED), verdict.details
+    with urllib.request.urlopen(f"http://{host}:{METRICS_PORT}/metrics", timeout=60) as answer:
+        served = answer.read().decode().splitlines()
+    stats = sandbox.stats()
+    assert f"diffrl_sandbox_judged_total {stats['judged']}" in served and stats["judged"] >= 1
+    assert f"diffrl_sandbox_slots {stats['slots']}" in served
 
 
 def test_many_clients_at_once(pod: tuple[str, str]) -> None:
