@@ -10,6 +10,7 @@ not answer: then the run waits until supervision.start_s is over.
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -35,11 +36,12 @@ from diffrl.config.pipeline import EvaluationConfig
 from diffrl.errors import ConfigError, RunStoppedError, shown
 
 ANSWER_S = 30.0  # of the head, about its cluster
-JOIN_S = 60.0  # nodes that are started together have joined
+JOIN_S = 600.0  # from one node of a new cluster to the next, with its image
 POLL_S = 1.0
 SEEN_S = 10.0  # a file that is written on one node is there on the others
 MIN_CPUS = 0.0001  # the least that a bundle holds
 MAX_KINDS = 5  # of nodes that an error names
+UNSCALED = re.compile("node_[0-9a-f]{56}")  # the kind of a node, as v1 calls it, where nothing scales
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,7 +249,7 @@ def grows(head: GcsClient, nodes: Sequence[Node]) -> bool:
         return True
     status = json.loads(head.internal_kv_get(b"__autoscaling_status", None, timeout=ANSWER_S) or "{}")
     kinds = status.get("autoscaler_report", {}).get("active_nodes") or {}
-    return not set(kinds) <= {f"node_{node.id}" for node in nodes}  # names that v1 gives nodes that nothing scales
+    return not all(UNSCALED.fullmatch(kind) for kind in kinds)
 
 
 def check_cluster(asks: Sequence[Ask], address: str | None) -> str | None:
@@ -264,7 +266,7 @@ def check_cluster(asks: Sequence[Ask], address: str | None) -> str | None:
         if not missing:
             return None
         if grows(head, nodes):
-            return refusal(missing, nodes, "What an autoscaler adds is not known before the run asks it")
+            return refusal(missing, nodes, "More may come, which is known when a run asks for them")
     except RayError as error:
         return f"the cluster at {found}: {' '.join(str(error).split())}"
     raise ConfigError(refusal(missing, nodes, "Nothing adds nodes"))
