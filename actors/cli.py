@@ -140,6 +140,7 @@ def submit(
     entrypoint_label: Annotated[
         list[str] | None, typer.Option(help="KEY=VALUE of the node for the driver; else the head")
     ] = None,
+    submission_id: Annotated[str | None, typer.Option(help="the job's name; else Ray makes one")] = None,
     stop: Annotated[str | None, typer.Option(help="end this job instead")] = None,
 ) -> None:
     """Run `diffrl train CONFIG --resume auto` as a job of a Ray cluster and show its log; exit with its status."""
@@ -160,6 +161,7 @@ def submit(
         address=address,
         working_dir=working_dir,
         labels={key: value for key, _, value in pairs} or None,
+        name=submission_id,
     )
     raise typer.Exit(jobs.submit(submission, wait=not no_wait))
 

@@ -22,6 +22,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 import ray
+from ray._private import worker
 from ray._private.label_utils import validate_label_selector
 from ray._private.services import canonicalize_bootstrap_address
 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
@@ -30,7 +31,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from actors.machine import CONNECT_S, check_ray
-from actors.processes import on_node
+from actors.processes import LOOK_S, begin_on_node
 from diffrl.config import AnyConfig, RLConfig
 from diffrl.config.pipeline import EvaluationConfig
 from diffrl.errors import ConfigError, RunStoppedError, shown
@@ -146,7 +147,7 @@ def check_labels(asks: Sequence[Ask], address: str | None) -> None:
         field = f"{each.section}.labels"
         if wrong := validate_label_selector(dict(each.labels)):
             raise ConfigError(f"{field}: {shown(dict(each.labels))} cannot be used: {wrong}")
-        if each.labels and not (address or os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
+        if each.labels and (is_own_cluster() if ray.is_initialized() else given(address) is None):
             raise ConfigError(
                 f"{field}: {shown(dict(each.labels))} must be {{}} on a cluster that starts with the run, whose node has no "
                 "labels; leave it out, or join a cluster (ray.address)"
@@ -207,12 +208,23 @@ def refusal(missing: Sequence[tuple[Ask, int]], nodes: Sequence[Node], growth: s
 # The cluster
 
 
+def given(address: str | None) -> str | None:
+    """Where a run would join a cluster; None: it starts one."""
+    address = address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address
+
+
+def is_own_cluster() -> bool:
+    """Whether this process has started the one that it is in: nobody else joins it."""
+    return worker._global_node is not None and worker._global_node.is_head()
+
+
 def head_address(address: str | None) -> str | None:
     """Of the cluster that a run is in or would join, if one answers there."""
     if ray.is_initialized():
         return ray.get_runtime_context().gcs_address
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address in (None, "local"):
+    address = given(address)
+    if address is None:
         return None
     with suppress(ValueError, ConnectionError):  # not an address; auto, and there is none
         found = canonicalize_bootstrap_address(address)
@@ -245,6 +257,8 @@ def autoscaling_state(head: GcsClient) -> Any:
 
 def grows(head: GcsClient, nodes: Sequence[Node]) -> bool:
     """Whether nodes may come: there is an autoscaler, or the cluster has just been started."""
+    if is_own_cluster():
+        return False
     if time.time() - max(node.since for node in nodes) < JOIN_S or autoscaling_state(head) is not None:
         return True
     status = json.loads(head.internal_kv_get(b"__autoscaling_status", None, timeout=ANSWER_S) or "{}")
@@ -255,10 +269,9 @@ def grows(head: GcsClient, nodes: Sequence[Node]) -> bool:
 def check_cluster(asks: Sequence[Ask], address: str | None) -> str | None:
     """What cannot be said of the cluster that a run is in or would join. Raises ConfigError when there is no room and none
     will be."""
-    given = address or os.environ.get("RAY_ADDRESS")
     found = head_address(address)
     if found is None:
-        return None if given in (None, "local") else f"the cluster at {given}, which does not answer"
+        return given(address) and f"the cluster at {given(address)}, which does not answer"
     try:
         head = GcsClient(address=found)
         nodes = nodes_of(head)
@@ -295,7 +308,7 @@ def make_room(asks: Sequence[Ask], start_s: float, key: str = "supervision.start
                 raise ConfigError(refusal(missing, nodes, "Nothing adds nodes"))
             if time.monotonic() > deadline:
                 raise RunStoppedError(
-                    f"{key}: {start_s:g} seconds were not enough. {refusal(missing, nodes, 'Wait longer')}"
+                    f"{key}: {start_s:g} seconds were not enough. {refusal(missing, nodes, 'Not enough were added')}"
                 )
     finally:
         remove_placement_group(group)
@@ -327,13 +340,22 @@ def require_shared(folder: Path, node_ids: Sequence[str]) -> None:
     if not others or not folder.is_dir():
         return
     with NamedTemporaryFile(dir=folder, prefix=".seen-") as file:
-        for node_id in sorted(others):
-            if not on_node(node_id, is_seen, Path(file.name)):
-                (node,) = (node for node in ray.nodes() if node["NodeID"] == node_id)
-                raise ConfigError(
-                    f"run_dir: {folder} is not seen on node {node['NodeManagerAddress']} ({node_id[:12]}), where workers write "
-                    "to it; choose a folder on a file system that all nodes share"
-                )
+        answers = {node_id: begin_on_node(node_id, is_seen, Path(file.name)) for node_id in sorted(others)}
+        ray.wait(list(answers.values()), num_returns=len(answers), timeout=LOOK_S)
+        unseen = {node_id for node_id, answer in answers.items() if not was_seen(answer)}
+    for node in ray.nodes():
+        if node["NodeID"] in unseen:
+            raise ConfigError(
+                f"run_dir: {folder} is not seen on node {node['NodeManagerAddress']} ({node['NodeID'][:12]}), where workers "
+                "write to it; choose a folder on a file system that all nodes share"
+            )
+
+
+def was_seen(answer: "ray.ObjectRef[bool]") -> bool:
+    try:
+        return ray.get(answer, timeout=0)
+    except RayError:  # the node is gone, or has no time: not what is asked here
+        return True
 
 
 def is_seen(file: Path) -> bool:

@@ -36,6 +36,7 @@ class Submission:
     address: str
     working_dir: str = "."
     labels: Mapping[str, str] | None = None  # of the node that the driver runs on; None: the head
+    name: str | None = None  # of the job; None: Ray's choice
 
     def entrypoint(self) -> str:
         config = os.path.relpath(self.config, self.working_dir)
@@ -55,6 +56,7 @@ def submit(submission: Submission, *, wait: bool = True) -> int:
                 )
         job_id = client.submit_job(
             entrypoint=submission.entrypoint(),
+            submission_id=submission.name,
             runtime_env={"working_dir": submission.working_dir, "excludes": list(EXCLUDES)},
             metadata={"run_dir": run_dir, "config": submission.config, "version": version("diffrl")},
             entrypoint_label_selector=None if submission.labels is None else dict(submission.labels),

@@ -1,8 +1,10 @@
 """Where actors go, and what is refused before any of them starts."""
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -346,3 +348,23 @@ def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch):
     assert line == "the cluster at 127.0.0.1:1, which does not answer"
     with pytest.raises(ConfigError, match=r"^ray.address: nobody answers at 127.0.0.1:1 .*; ray start --head"):
         connect("127.0.0.1:1", 1.0)
+
+
+@pytest.mark.slow
+def test_an_autoscaler_is_asked_for_all_at_once():
+    """What it cannot add it says at once, and adds nothing; what it can is waited for."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        command = [sys.executable, "-m", "tests.actors.autoscaled", folder]
+        made = subprocess.run(
+            ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", *command],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+    assert made.returncode == 0, made.stderr[-3000:]
+    too_many, enough = (json.loads(line) for line in made.stdout.splitlines())
+    print(made.stdout)
+    assert too_many["nodes"] == 0 and "The autoscaler can add no nodes that make room" in too_many["said"]
+    assert too_many["seconds"] < 30
+    assert enough["said"] == "" and enough["nodes"] == 2

@@ -67,9 +67,8 @@ def test_one_live_job_a_run(
     """A second one is refused until the first is stopped; Ctrl-C while its log is shown does not stop it."""
     address = ("--address", ray_cluster.dashboard)
     runs(monkeypatch, "sleep 600")
-    status, job_id, _ = called("submit", "rl.yaml", "--no-wait", *address)
-    job_id = job_id.strip()
-    assert status == 0 and job_id
+    job_id = tmp_path.name  # of no other test
+    assert called("submit", "rl.yaml", "--no-wait", "--submission-id", job_id, *address)[:2] == (0, f"{job_id}\n")
     client = JobSubmissionClient(ray_cluster.dashboard)
 
     one_line(
