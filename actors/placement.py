@@ -36,7 +36,7 @@ from diffrl.config import AnyConfig, RLConfig
 from diffrl.config.pipeline import EvaluationConfig
 from diffrl.errors import ConfigError, RunStoppedError, shown
 
-ANSWER_S = 30.0  # of the head, about its cluster
+ANSWER_S = 60.0  # of the head, about its cluster
 JOIN_S = 600.0  # from one node of a new cluster to the next, with its image
 POLL_S = 1.0
 SEEN_S = 10.0  # a file that is written on one node is there on the others
@@ -293,12 +293,11 @@ def make_room(asks: Sequence[Ask], start_s: float, key: str = "supervision.start
     if not missing:
         return
     deadline = time.monotonic() + start_s
-    print(f"waiting for nodes: {'; '.join(str(each) for each, _ in missing)}", file=sys.stderr, flush=True)
+    words = "; ".join(str(each) for each, _ in missing)
+    print(f"waiting up to {start_s:g} seconds for nodes, if any can come: {words}", file=sys.stderr, flush=True)
     group = group_of(asks)
     try:
-        while not group.wait(POLL_S):
-            nodes = nodes_of(head)
-            missing = unplaced(asks, nodes) or missing
+        while missing := unplaced(asks, nodes := nodes_of(head)):
             state = autoscaling_state(head)
             if state is not None and any(
                 request.details.startswith(group.id.hex()) for request in state.infeasible_gang_resource_requests
@@ -310,6 +309,7 @@ def make_room(asks: Sequence[Ask], start_s: float, key: str = "supervision.start
                 raise RunStoppedError(
                     f"{key}: {start_s:g} seconds were not enough. {refusal(missing, nodes, 'Not enough were added')}"
                 )
+            time.sleep(POLL_S)
     finally:
         remove_placement_group(group)
 

@@ -1,7 +1,6 @@
 """Where actors go, and what is refused before any of them starts."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -38,7 +37,7 @@ from diffrl.errors import ConfigError, RunStoppedError
 from tests.conftest import RayCluster, free_ports
 
 GROUP = "diffrl/group"
-JOIN_S = 120.0  # a node, on a busy machine
+JOIN_S = 240.0  # a node, on a busy machine
 
 
 def config_of(run_dir: object = "runs/new", **sections: Any) -> RLConfig:
@@ -194,12 +193,18 @@ def second_node(ray_cluster: RayCluster, hidden: Path) -> Iterator[str]:
     ]
     command = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {hidden} && exec "$@"', "sh", *start]
     log = hidden.with_suffix(".log")
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=dict(os.environ), start_new_session=True)
+
+    def started() -> subprocess.Popen:
+        with log.open("w") as output:
+            return subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+
+    process = started()
     try:
         deadline = time.monotonic() + JOIN_S
         while not (found := labelled("learner")):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
+            assert time.monotonic() < deadline, log.read_text()[-2000:]
+            if process.poll() is not None:  # Ray gives a node 30 seconds to start
+                process = started()
             time.sleep(0.2)
         yield found[0]
     finally:
