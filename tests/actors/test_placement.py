@@ -273,19 +273,12 @@ def test_actors_go_to_the_nodes_with_their_labels(second_node: str, idle_actors:
         assert placement_group_table(place)["state"] == "REMOVED"
 
 
-def test_ranks_that_take_up_nothing_have_labels_too(second_node: str, idle_actors: None, tmp_path: Path):
-    config = config_of(tmp_path, learner={"cpus_per_rank": 0.0, "labels": {GROUP: "learner"}})
-    tokenizer: Any = None
-    with Learner(config, tokenizer, 1) as learner:
-        learner.start()
-        assert learner.place is None and place_of(learner.ranks[0]).node_id == second_node
-
-
 def test_a_folder_that_a_rank_does_not_see_is_refused(
     second_node: str, idle_actors: None, hidden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """One that takes up nothing, and goes by its labels all the same."""
     monkeypatch.setattr(placement, "SEEN_S", 0.5)
-    learner = {"cpus_per_rank": 0.25, "labels": {GROUP: "learner"}}
+    learner = {"cpus_per_rank": 0.0, "labels": {GROUP: "learner"}}
     tokenizer: Any = None
     with (
         Learner(config_of(hidden, learner=learner), tokenizer, 1) as group,
@@ -293,6 +286,7 @@ def test_a_folder_that_a_rank_does_not_see_is_refused(
             ConfigError, match=rf"^run_dir: {hidden} is not seen on node .* choose a folder .* all nodes share$"
         ),
     ):
+        assert group.place is None
         group.start()
     assert not list(hidden.iterdir())
     everywhere = asks_of(config_of())
