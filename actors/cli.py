@@ -1,5 +1,5 @@
-"""The `diffrl` command: train, replay, pipeline, status, doctor, eval, generate, judge, data, sandbox, config. Bad input is
-one line on stderr and exit status 2; a run that had to stop, one line and status 1. Every command imports what it needs:
+"""The `diffrl` command: train, replay, pipeline, submit, status, doctor, eval, generate, judge, data, sandbox, config. Bad
+input is one line on stderr and exit status 2; a run that had to stop, one line and status 1. Every command imports what it needs:
 the configs alone bring torch.
 """
 
@@ -126,6 +126,44 @@ def pipeline(
     from actors.pipeline import run_pipeline
 
     run_pipeline(resolved, first=first, until=until, only_plan=dry_run)
+
+
+@app.command()
+def submit(
+    address: Annotated[str, typer.Option(help="of the head's dashboard: http://HEAD:8265")],
+    config: Annotated[str | None, typer.Argument(help="YAML file of a stage, in the working directory")] = None,
+    overrides: Overrides = None,
+    working_dir: Annotated[
+        str, typer.Option(help="folder of which the job gets a copy, without what is ignored")
+    ] = ".",
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="print the job's name and leave")] = False,
+    entrypoint_label: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE of the node for the driver; else the head")
+    ] = None,
+    submission_id: Annotated[str | None, typer.Option(help="the job's name; else Ray makes one")] = None,
+    stop: Annotated[str | None, typer.Option(help="end this job instead")] = None,
+) -> None:
+    """Run `diffrl train CONFIG --resume auto` as a job of a Ray cluster and show its log; exit with its status."""
+    from actors import submit as jobs
+
+    if (config is None) == (stop is None):
+        raise ConfigError("submit: give a config, or --stop and a job")
+    if stop is not None:
+        jobs.stop(stop, address)
+        return
+    assert config is not None
+    pairs = [label.partition("=") for label in entrypoint_label or ()]
+    if wrong := [label for label, (_, sign, _) in zip(entrypoint_label or (), pairs, strict=True) if not sign]:
+        raise ConfigError(f"--entrypoint-label: {wrong[0]!r} must be KEY=VALUE")
+    submission = jobs.Submission(
+        config=config,
+        overrides=tuple(overrides or ()),
+        address=address,
+        working_dir=working_dir,
+        labels={key: value for key, _, value in pairs} or None,
+        name=submission_id,
+    )
+    raise typer.Exit(jobs.submit(submission, wait=not no_wait))
 
 
 @app.command()

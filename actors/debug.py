@@ -11,6 +11,7 @@ import ray
 from actors.collector import Collector
 from actors.driver import Run, sandbox_choice, train
 from actors.learner import Learner
+from actors.placement import ask_of_learner, make_room
 from actors.prepare import Prepared, prepare
 from actors.run_start import begin
 from actors.system import System, connect, num_cpus_needed
@@ -123,6 +124,7 @@ def replay(path: Path) -> bool:
     prepared = prepare(config.model_copy(update={"run_dir": str(run_folder / "replay")}))
     owns_ray = connect(config.ray.address, num_cpus_needed(config))
     try:
+        make_room([ask_of_learner(config)], config.supervision.start_s)
         with Learner(prepared.config, prepared.tokenizer, prepared.num_steps) as learner:
             learner.start()
             if start:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from actors.placement import asks_of, check_cluster
 from actors.prepare import num_gpus, said_in_a_line
 from diffrl.config import AnyConfig, ModelConfig, RLConfig
 from diffrl.estimate import describe, estimate
@@ -35,6 +36,8 @@ def dry_run(config: AnyConfig, *, model: ModelConfig | None = None, resume: str 
         from actors.stages import train_supervised
 
         train_supervised(config, dry_run=True, resume=resume)
+    if is_here and (line := check_cluster(asks_of(config), config.ray.address)):
+        print(f"not checked: {line}")
     if sizes is not None:
         print("\n".join(describe(config, estimate(config, sizes), sizes)))
 

@@ -15,9 +15,11 @@ import torch
 
 from actors.commands import open_engine, open_tokenizer
 from actors.evaluate import EVALUATION_ATTEMPTS, PassRates, num_correct
+from actors.placement import ask_of_evaluation, make_room
 from actors.reward import RewardWorker
 from actors.rollout import canvases_of, rollout_of
 from actors.system import connect
+from diffrl.config import SupervisionConfig
 from diffrl.config.pipeline import EvaluationConfig
 from diffrl.prompts import chat_ids
 from diffrl.rewards import RECIPE_WEIGHTS
@@ -59,8 +61,12 @@ def sample_with_ray(
     """The problems dealt out to Ray tasks; their groups in the order of the problems. `folder` is on every node."""
     owns_ray = connect(address, config.num_workers * config.cpus_per_worker)
     try:
+        make_room([ask_of_evaluation(config)], SupervisionConfig().start_s, "evaluation.num_workers")
         task = ray.remote(sample_problems).options(
-            num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker, max_retries=1
+            num_cpus=config.cpus_per_worker,
+            num_gpus=config.gpus_per_worker,
+            label_selector=dict(config.labels),
+            max_retries=1,
         )
         shares = [problems[n :: config.num_workers] for n in range(config.num_workers)]
         parts = ray.get([task.remote(folder, config, share) for share in shares])

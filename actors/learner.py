@@ -16,10 +16,13 @@ from typing import Any, Self, TypeVar
 import ray
 import torch
 from ray.exceptions import RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from transformers import PreTrainedTokenizerFast
 
 from actors.calls import WORKER_LOST, WorkersKeepDyingError
 from actors.learner_rank import LearnerRank
+from actors.placement import require_shared
 from actors.pool import POLL_S, kill
 from actors.processes import account, cause_of_death, in_actor, introduce, place_of, resident_mb
 from actors.watchdog import ActorState, Watchdog
@@ -50,14 +53,10 @@ class Learner:
     def __init__(self, config: RLConfig, tokenizer: PreTrainedTokenizerFast, total_steps: int):
         self.config = config
         self.folder = Path(config.run_dir).resolve()
-        options = {
-            "num_cpus": config.learner.cpus_per_rank,
-            "num_gpus": config.learner.gpus_per_rank,
-            "max_restarts": 0,  # a rank alone cannot be rebuilt
-        }
-        Rank = ray.remote(LearnerRank).options(**options)
-        self.make_rank = lambda rank: Rank.remote(config, tokenizer, rank=rank, total_steps=total_steps)
-        self.ranks = [self.make_rank(rank) for rank in range(config.learner.num_ranks)]
+        self.tokenizer = tokenizer
+        self.total_steps = total_steps
+        self.place = self.reserve()
+        self.ranks = [self.make_rank(number) for number in range(config.learner.num_ranks)]
         self.saved: Path | None = None
         self.since_save: list[ray.ObjectRef[TrainBatch]] = []
         self.base: Tensors | None = None  # that adapters are published beside
@@ -66,6 +65,38 @@ class Learner:
         self.watchdog: Watchdog | None = None
         self.wait: Callable[[Sequence[ray.ObjectRef]], Sequence[ray.ObjectRef]] = wait_a_moment
         self.doing: tuple[str, float] | None = None  # call under way, and since when
+
+    def reserve(self) -> PlacementGroup | None:
+        """Places for the ranks, by which they sit together; None for ranks that take up nothing."""
+        learner = self.config.learner
+        bundle = {name: n for name, n in {"CPU": learner.cpus_per_rank, "GPU": learner.gpus_per_rank}.items() if n}
+        if not bundle:
+            return None
+        return placement_group(
+            [bundle] * learner.num_ranks,
+            strategy=learner.placement,
+            bundle_label_selector=[dict(learner.labels)] * learner.num_ranks,
+        )
+
+    def make_rank(self, number: int) -> Any:
+        learner = self.config.learner
+        options: dict[str, Any] = {
+            "num_cpus": learner.cpus_per_rank,
+            "num_gpus": learner.gpus_per_rank,
+            "max_restarts": 0,  # a rank alone cannot be rebuilt
+        }
+        if self.place is None:
+            options["label_selector"] = dict(learner.labels)
+        else:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self.place, number)
+        Rank = ray.remote(LearnerRank).options(**options)
+        return Rank.remote(self.config, self.tokenizer, rank=number, total_steps=self.total_steps)
+
+    def end_ranks(self) -> None:
+        for rank in self.ranks:
+            kill(rank)
+        if self.place is not None:
+            remove_placement_group(self.place)
 
     def join(self, watchdog: Watchdog) -> None:
         """Be watched from now on."""
@@ -76,6 +107,7 @@ class Learner:
         """Build the engines; what a rank's constructor raised is raised here."""
         address, port = self.answers("rendezvous", [self.ranks[0].rendezvous.remote()])[0]
         self.answers("introduce", [in_actor(rank, introduce) for rank in self.ranks])
+        require_shared(self.folder, [place_of(rank).node_id for rank in self.ranks])
         self.call("start", address, port)
 
     def update(self, batch: "ray.ObjectRef[TrainBatch]") -> UpdateResult:
@@ -207,10 +239,10 @@ class Learner:
             raise WorkersKeepDyingError(f"ranks of the learner keep dying, the last one: {error}") from error
         self.num_rebuilds += 1
         print(f"learner group lost: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-        for rank in self.ranks:
-            kill(rank)
+        self.end_ranks()
         time.sleep(self.config.supervision.delay_s(self.rebuilds_in_a_row))
-        self.ranks = [self.make_rank(rank) for rank in range(len(self.ranks))]
+        self.place = self.reserve()  # of other nodes, if one was lost
+        self.ranks = [self.make_rank(number) for number in range(len(self.ranks))]
         self.start()
         if self.saved is not None:
             self.call("load", self.saved)
@@ -228,5 +260,4 @@ class Learner:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for rank in self.ranks:
-            kill(rank)
+        self.end_ranks()

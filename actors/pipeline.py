@@ -21,6 +21,7 @@ from rich.table import Column, Table
 
 from actors.dry_run import dry_run
 from actors.evaluate_folder import evaluate_folder
+from actors.placement import ask_of_evaluation, check_cluster, check_labels
 from actors.prepare import check_gpus, check_shares, choose_sandbox, said_in_a_line
 from actors.system import connect, num_cpus_needed
 from diffrl.config import AnyConfig, ModelConfig, RLConfig
@@ -102,6 +103,9 @@ class PipelineRun:
             check_shares(evaluation, "evaluation.")
             needed = evaluation.num_workers * evaluation.gpus_per_worker
             check_gpus(evaluation, needed, self.config.ray.address, "evaluation.")
+            asked, address = [ask_of_evaluation(evaluation)], self.config.ray.address
+            check_labels(asked, address)
+            check_cluster(asked, address)
             choose_sandbox(evaluation.sandbox, "evaluation.sandbox")
             problems_of(evaluation.problems, "evaluation.problems")
 

@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerFast
 
+from actors.placement import asks_of, check_cluster, check_labels
 from actors.reward import backend_options
 from diffrl.config import AnyConfig, PretrainConfig, RLConfig, SandboxConfig, SftConfig
 from diffrl.data.sources import problems_of
@@ -50,6 +51,7 @@ def prepare(config: RLConfig) -> Prepared:
     with said_in_a_line(config):
         check_run_folder(Path(config.run_dir), config.model.path)
         check_devices(config)
+        check_cluster(asks_of(config), config.ray.address)
         if config.checkpoint.copy_to is not None:
             Mirror(config.checkpoint.copy_to)
         sandbox, sandbox_reason = choose_sandbox(config.sandbox)
@@ -121,6 +123,7 @@ def choose_sandbox(config: SandboxConfig, field: str = "sandbox") -> tuple[Sandb
 def check_devices(config: AnyConfig) -> None:
     check_shares(config)
     check_gpus(config, num_gpus(config), config.ray.address)
+    check_labels(asks_of(config), config.ray.address)
 
 
 def num_gpus(config: AnyConfig) -> float:

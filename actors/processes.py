@@ -71,9 +71,12 @@ def on_node(node_id: str, look: Callable[..., Answer], *args: Any) -> Answer:
     """Call `look` on a node, in this process if that is ours. Raises RayError when the node does not answer."""
     if node_id == ray.get_runtime_context().get_node_id():
         return look(*args)
+    return ray.get(begin_on_node(node_id, look, *args), timeout=LOOK_S)
+
+
+def begin_on_node(node_id: str, look: Callable[..., Answer], *args: Any) -> "ray.ObjectRef[Answer]":
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    task = ray.remote(look).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy)
-    return ray.get(task.remote(*args), timeout=LOOK_S)
+    return ray.remote(look).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy).remote(*args)
 
 
 def logs_folder() -> Path:

@@ -25,6 +25,7 @@ from ray.train.v2._internal.exceptions import (  # what its public errors carry
 )
 from transformers import PreTrainedTokenizerFast
 
+from actors.placement import asks_of, check_cluster, hosts, make_room, require_shared
 from actors.prepare import absolute_model_path, check_devices, said_in_a_line
 from actors.stage_worker import StageJob, run_stage
 from actors.system import connect, num_cpus_needed
@@ -130,6 +131,7 @@ def prepare_stage(config: PretrainConfig | SftConfig, folder: Path) -> PreparedS
     with said_in_a_line(config):
         check_run_folder(Path(config.run_dir), config.model.path)
         check_devices(config)
+        check_cluster(asks_of(config), config.ray.address)
         tokenizer = load_policy_tokenizer(config.model)
         model = check_policy(config.model, tokenizer)
         check_lengths(config, model.config.max_position_embeddings)
@@ -160,6 +162,8 @@ def run_job(job: StageJob) -> None:
     on_interrupt = signal.getsignal(signal.SIGINT)  # Ray Train puts its own in place, and leaves it there
     own_files = job.folder / "ray_train"  # Ray Train's own, of which nothing is needed: checkpoints are ours
     try:
+        make_room(asks_of(job.config), workers.start_s, "workers.start_s")
+        require_shared(job.folder, list(hosts(asks_of(job.config))))
         trainer = ray.train.torch.TorchTrainer(
             run_stage,
             train_loop_config={"job": job},

@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 from transformers import PreTrainedTokenizerFast
 
+from actors.machine import CONNECT_S, check_ray
+from actors.placement import asks_of, make_room
 from actors.pool import CLOSE_S, QUESTIONS, WorkerPool
-from actors.processes import resident_mb
+from actors.processes import one_line, resident_mb
 from actors.reference import Reference
 from actors.reward import RewardWorker
 from actors.rollout import RolloutWorker
 from actors.watchdog import Watchdog
 from diffrl.config import AnyConfig, RLConfig
+from diffrl.errors import ConfigError
 
 
 class System:
@@ -26,6 +30,11 @@ class System:
     def __init__(self, config: RLConfig, tokenizer: PreTrainedTokenizerFast, *, samples: bool = True):
         """`samples`: with workers that sample and judge."""
         self.owns_ray = connect(config.ray.address, num_cpus_needed(config))
+        try:
+            make_room(asks_of(config, samples=samples), config.supervision.start_s)
+        except BaseException:
+            self.leave()
+            raise
         rollout, judge, reference = config.rollout, config.judge, config.reference
         self.limits_mb = config.supervision.memory_mb.model_dump()
         self.watchdog = Watchdog(Path(config.run_dir).resolve(), config.supervision.stall_s)
@@ -37,6 +46,7 @@ class System:
                     "num_cpus": rollout.cpus_per_worker,
                     "num_gpus": rollout.gpus_per_worker,
                     "max_concurrency": config.groups_in_flight,
+                    "label_selector": dict(rollout.labels),
                 },
                 tokenizer,
                 completion_tokens=config.sampling.completion_tokens,
@@ -52,7 +62,12 @@ class System:
             **watched,
         )
         self.judges = WorkerPool(
-            spawner(RewardWorker, {"num_cpus": judge.cpus_per_worker}, config.sandbox, dict(config.reward.weights)),
+            spawner(
+                RewardWorker,
+                {"num_cpus": judge.cpus_per_worker, "label_selector": dict(judge.labels)},
+                config.sandbox,
+                dict(config.reward.weights),
+            ),
             judge.num_workers if samples else 0,
             role="judge",
             **watched,
@@ -60,7 +75,7 @@ class System:
         self.reference = WorkerPool(
             spawner(
                 Reference,
-                {"num_cpus": reference.cpus, "num_gpus": reference.gpus},
+                {"num_cpus": reference.cpus, "num_gpus": reference.gpus, "label_selector": dict(reference.labels)},
                 threads=reference.threads,
                 attend_padding=config.method.compat == "release",
             ),
@@ -100,6 +115,9 @@ class System:
                 pool.close()
         finally:
             self.watchdog.__exit__()
+        self.leave()
+
+    def leave(self) -> None:
         if self.owns_ray:
             ray.shutdown()
 
@@ -113,26 +131,19 @@ def spawner(actor_class: type, options: dict[str, Any], *args: Any, **kwargs: An
 
 def num_cpus_needed(config: AnyConfig) -> float:
     """By all actors, or all workers, of a stage."""
-    if not isinstance(config, RLConfig):
-        return config.workers.num_workers * config.workers.cpus_per_worker
-    return (
-        config.rollout.num_workers * config.rollout.cpus_per_worker
-        + config.judge.num_workers * config.judge.cpus_per_worker
-        + config.num_reference_workers * config.reference.cpus
-        + config.learner.num_ranks * config.learner.cpus_per_rank
-    )
+    return sum(ask.count * ask.resources["CPU"] for ask in asks_of(config))
 
 
 def connect(address: str | None, num_cpus: float, *, log_to_driver: bool = True) -> bool:
     """Join the named cluster, the job's own, or start a local one that offers enough CPU slots. True when started here.
 
-    A process that is already connected stays so: then the caller owns the cluster.
+    A process that is already connected stays so: then the caller owns the cluster. Raises ConfigError where nobody answers.
     """
     if ray.is_initialized():
         return False
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, log_to_driver=log_to_driver)
+        join(address, log_to_driver=log_to_driver)
         return True
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
@@ -143,3 +154,17 @@ def connect(address: str | None, num_cpus: float, *, log_to_driver: bool = True)
         logging_level=logging.ERROR,
     )
     return True
+
+
+def join(address: str, *, log_to_driver: bool) -> None:
+    found = check_ray(address, timeout=CONNECT_S)
+    if found.verdict == "bad":
+        raise ConfigError(f"ray.address: {found.found}; {found.way_out}")
+    try:
+        ray.init(address=address, log_to_driver=log_to_driver)
+    except ConnectionError as error:  # of `auto`, which was not checked
+        raise ConfigError(f"ray.address: {address}: {error}; name the head's host:port") from error
+    except AuthenticationError as error:
+        raise ConfigError(
+            f"ray.address: {address} asks for a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN ({one_line(error)})"
+        ) from error

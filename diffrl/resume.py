@@ -13,9 +13,9 @@ from diffrl.config import AnyConfig
 
 FREE = (
     *("run_dir", "ray", "checkpoint", "supervision", "sync", "judge"),
-    *("rollout.num_workers", "rollout.cpus_per_worker", "rollout.gpus_per_worker", "rollout.max_tokens_per_batch"),
-    *("reference.num_workers", "reference.cpus", "reference.gpus", "learner.cpus_per_rank", "learner.gpus_per_rank"),
-    "learner.keep_batches",
+    *("rollout.num_workers", "rollout.cpus_per_worker", "rollout.gpus_per_worker", "rollout.labels"),
+    *("rollout.max_tokens_per_batch", "reference.num_workers", "reference.cpus", "reference.gpus", "reference.labels"),
+    *("learner.cpus_per_rank", "learner.gpus_per_rank", "learner.labels", "learner.placement", "learner.keep_batches"),
     *("workers.cpus_per_worker", "workers.gpus_per_worker", "workers.labels"),
     *("workers.start_s", "workers.stall_s", "workers.max_failures"),
     # Verdicts do not depend on where programs run.

@@ -58,7 +58,7 @@ class TrainWorkers(EngineConfig):
     num_workers: Positive = 1
     cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
-    labels: Mapping[str, str] = {}  # of the nodes to run on, such as {accelerator: H100}
+    labels: Mapping[str, str] = {}  # of the nodes to run on, such as {diffrl/group: learner}
     threads: Positive = 2  # of torch, in each worker
     start_s: Seconds = 1800.0  # the wait for a place in the cluster; then the stage gives up
     stall_s: Seconds = 1800.0  # a worker that ends no step, check or save for so long writes its stacks and is lost

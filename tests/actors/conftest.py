@@ -1,6 +1,8 @@
-"""A model that solves a few problems now and then: tuned in seconds, good enough for rewards to differ."""
+"""A model that solves a few problems now and then: tuned in seconds, good enough for rewards to differ. The command in this
+process."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from actors.cli import main
 from actors.driver import Run
 from actors.learner import Learner
 from actors.prepare import prepare
@@ -24,7 +27,30 @@ from diffrl.types import Problem
 from tests.conftest import RayCluster
 
 NUM_PROBLEMS = 6
+Called = Callable[..., tuple[int, str, str]]
 WINDOW = {"max_prompt_tokens": 40, "completion_tokens": 40}
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Called:
+    """`diffrl ARGUMENTS` in this process: exit status, stdout, stderr."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["diffrl", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        made = capsys.readouterr()
+        return int(ended.value.code or 0), made.out, made.err
+
+    return call
+
+
+def one_line(made: tuple[int, str, str], expected: list[str]) -> None:
+    """Exit status 2, nothing on stdout, one line on stderr that holds all of this."""
+    status, stdout, stderr = made
+    assert status == 2 and stdout == "" and len(stderr.splitlines()) == 1, made
+    for text in expected:
+        assert text in stderr
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,9 +17,9 @@ import pytest
 import yaml
 from ray._private.runtime_env.packaging import create_package
 
-from actors.cli import main
 from diffrl.data.shards import open_shards
 from diffrl.rollout_store import read_all
+from tests.actors.conftest import Called, one_line
 from tests.conftest import RayCluster
 from tests.diffrl.test_added_tokens import qwen
 from tests.diffrl.tiny_folder import tiny_folder
@@ -48,6 +48,7 @@ COMMANDS = (
     "diffrl generate runs",
     "diffrl generate --infill",
     "ray job submit",
+    "diffrl submit",
 )
 
 
@@ -61,7 +62,7 @@ def readme_commands() -> list[str]:
         c
         for c in commands
         if re.match(
-            r"(diffrl (train|pipeline|data|eval|generate|config|judge|sandbox|doctor|status)|ray|python3?|\S+/python3?) [^A-Z]",
+            r"(diffrl (train|submit|pipeline|data|eval|generate|config|judge|sandbox|doctor|status)|ray|(\S+/)?python3?) [^A-Z]",
             c,
         )
     ]
@@ -88,23 +89,6 @@ def succeeds(command: list[str], **environment: str) -> str:
     made = run(*command, **environment)
     assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-3000:]
     return made.stdout
-
-
-Called = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Called:
-    """`diffrl ARGUMENTS` in this process: exit status, stdout, stderr."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["diffrl", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        made = capsys.readouterr()
-        return int(ended.value.code or 0), made.out, made.err
-
-    return call
 
 
 def test_every_command_of_the_readme_is_run_here():
@@ -409,24 +393,17 @@ def test_a_row_longer_than_the_context_is_named(tmp_path: Path, called: Called):
     one_line(made, ["SingleLineInfilling/HumanEval/0/L0", "4 to fill", "more than the 32"])
 
 
-def one_line(made: tuple[int, str, str], expected: list[str]) -> None:
-    """Exit status 2, nothing on stdout, one line on stderr that holds all of this."""
-    status, stdout, stderr = made
-    assert status == 2 and stdout == "" and len(stderr.splitlines()) == 1, made
-    for text in expected:
-        assert text in stderr
-
-
 def test_job_submit(ray_cluster: RayCluster, tmp_path: Path):
-    """`ray job submit` of the working directory: succeeds, and what is uploaded stays small."""
-    overrides = ("report.problems.limit=2", "report.num_train_problems=2")
-    command = readme(
-        "ray job submit", f"run_dir={tmp_path}/job", *overrides, **{"http://127.0.0.1:8265": ray_cluster.dashboard}
-    )
-    stdout = succeeds(command)
+    """`ray job submit` of the working directory: succeeds, and what is uploaded stays small. `diffrl submit` of the same run
+    then finds that it is finished."""
+    overrides = (f"run_dir={tmp_path}/job", "report.problems.limit=2", "report.num_train_problems=2")
+    here = {"http://127.0.0.1:8265": ray_cluster.dashboard}
+    stdout = succeeds(readme("ray job submit", *overrides, **here))
     assert "succeeded" in stdout and "held-out pass@1" in stdout
     assert len((tmp_path / "job/metrics.jsonl").read_text().splitlines()) == 2
     assert upload_size(tmp_path) < MAX_UPLOAD
+    stdout = succeeds(readme("diffrl submit", *overrides, **here))
+    assert f"rl: {tmp_path}/job is finished; nothing was started" in stdout
 
 
 def upload_size(tmp_path: Path) -> int:

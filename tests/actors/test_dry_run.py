@@ -143,6 +143,7 @@ def world(house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No Ray, no container engine, no bubblewrap."""
     monkeypatch.chdir(house)
     monkeypatch.setattr(ray, "init", lambda *args, **kwargs: pytest.fail("Ray was started"))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # by another test
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/docker.sock")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("DIFFRL_SANDBOX_TOKEN", raising=False)
@@ -208,6 +209,10 @@ MISTAKES = [
     ("sft", "train.batch_size=0", "train.batch_size", "0", "must be greater than or equal to 1"),
     ("sft", "data.source=disk", "data.source", "'disk'", "must be 'microcode', 'files', 'hub' or 'shards'"),
     ("sft", "workers.labels={1: a}", "workers.labels.1", "1", "must be a valid string; quote it"),
+    ("sft", "workers.labels={group: a b}", "workers.labels", "'a b'", "should contain optional operators and a label value"),
+    ("rl", "rollout.labels={a b: c}", "rollout.labels", "'a b'", "beginning and ending with an alphanumeric character"),
+    ("rl", "judge.labels={diffrl/group: reward}", "judge.labels", "'reward'", "leave it out, or join a cluster (ray.address)"),
+    ("rl", "learner.placement=SPREAD", "learner.placement", "'SPREAD'", "must be 'PACK' or 'STRICT_PACK'"),
     ("pretrain", "adaptation.anneal_steps=-1", "adaptation.anneal_steps", "-1", "must be greater than or equal to 0"),
     ("pretrain", "model.path=null model.tiny.num_layers=900", "model.tiny.num_layers", "900", "must be less than or equal to 64"),
     # Names that are looked up
@@ -480,6 +485,12 @@ def test_mistakes_are_named(house: Path, stage: str, overrides: str, field: str,
             "evaluation.gpus_per_worker",
             "99 GPUs",
             "set evaluation.gpus_per_worker to 0",
+        ),
+        (
+            "evaluation.num_workers=2 evaluation.labels={diffrl/group: rollout}",
+            "evaluation.labels",
+            "'rollout'",
+            "leave it out, or join a cluster",
         ),
         ("stages.tuned.data.path=gone.jsonl", "stages.tuned.data.path", "gone.jsonl", "give a file or a folder"),
         ("stages.rl.data.max_prompt_tokens=2", "stages.rl.data.max_prompt_tokens", "2", "raise it"),

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.state import list_actors
 
 from actors.stages import train_supervised
@@ -319,11 +321,15 @@ def test_a_frozen_worker_is_replaced(calm: Path, make: Make, tmp_path: Path, cap
 
 
 def test_workers_without_a_place_end_the_stage(ray_cluster: RayCluster, make: Make, tmp_path: Path):
-    workers = {"cpus_per_worker": 1000.0, "num_workers": 2, "start_s": 2.0, "max_failures": 1}
+    """All places are there, but another one has them."""
+    workers = {"cpus_per_worker": 8.0, "num_workers": 2, "start_s": 2.0, "max_failures": 1}
+    taken = placement_group([{"CPU": 1.0}])
+    ray.get(taken.ready())
     with pytest.raises(RunStoppedError) as caught:
         train_supervised(make(tmp_path / "run", workers=workers))
+    remove_placement_group(taken)
     message = str(caught.value)
-    assert message.startswith("workers.start_s: in 2 seconds the cluster had no room for 2 workers with 1000 CPUs ")
+    assert message.startswith("workers.start_s: in 2 seconds the cluster had no room for 2 workers with 8 CPUs ")
     assert message.endswith("--resume auto") and "\n" not in message
 
 

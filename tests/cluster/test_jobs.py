@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import typer.main
 
 from actors.cli import app
+from actors.placement import Node, asks_of, unplaced
 from diffrl.config import RLConfig
 from diffrl.config_file import load_config
 from tests.cluster.manifests import GPU, NIGHTLY, ROOT, TALK, TRAIN, built, groups, quantity, ray_clusters, the
@@ -57,6 +59,20 @@ def test_the_training_job_runs_a_config_for_which_there_is_room(name: str) -> No
     scoring = config.num_reference_workers * config.reference.gpus
     assert sampling + scoring == room(name, "rollout", "nvidia.com/gpu")
     assert config.judge.num_workers * config.judge.cpus_per_worker <= room(name, "reward", "cpu")
+    asks, there = asks_of(config), list(nodes(name))
+    assert all(each.labels for each in asks) and unplaced(asks, there) == []
+    learner, *others = asks
+    assert unplaced([replace(learner, count=5), *others], there) == [(replace(learner, count=5), 4)]
+
+
+def nodes(name: str) -> Iterator[Node]:
+    """With which a cluster begins."""
+    ((_, spec),) = ray_clusters(name)
+    for group in spec["workerGroupSpecs"]:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        resources = {"CPU": quantity(limits["cpu"]), "GPU": quantity(limits.get("nvidia.com/gpu", 0))}
+        for _ in range(group["replicas"]):
+            yield Node(id=group["groupName"], resources=resources, labels=group["labels"], since=0.0)
 
 
 def test_the_nightly_evaluation_is_a_command() -> None:
