@@ -21,7 +21,7 @@ import ray
 import ray.data
 from transformers import PreTrainedTokenizerFast
 
-from actors.system import connect
+from actors.system import cluster
 from diffrl.data.records import Faults
 from diffrl.data.rows import (
     StageConfig,
@@ -90,15 +90,12 @@ def prepare_data(config: StageConfig, out: str | Path, options: PrepareOptions |
     kept = manifest is not None
     if manifest is None:
         begin_folder(folder)
-        owns_ray = connect(config.ray.address, num_cpus=1)
         try:
-            manifest = write_shards(config, tokenizer, units, inputs, folder, options)
+            with cluster(config.ray.address, num_cpus=1):
+                manifest = write_shards(config, tokenizer, units, inputs, folder, options)
         except BaseException:
             clear_folder(folder)
             raise
-        finally:
-            if owns_ray:
-                ray.shutdown()
     for note in manifest.notes:
         print(f"data: {note}")
     print(

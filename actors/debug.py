@@ -11,10 +11,10 @@ import ray
 from actors.collector import Collector
 from actors.driver import Run, sandbox_choice, train
 from actors.learner import Learner
-from actors.placement import ask_of_learner, make_room
+from actors.placement import ask_of_learner, asks_of
 from actors.prepare import Prepared, prepare
 from actors.run_start import begin
-from actors.system import System, connect, num_cpus_needed
+from actors.system import System, room_for
 from actors.telemetry import Telemetry
 from actors.weights import put_model
 from diffrl.batches import StepRollouts, rollout_metrics
@@ -40,6 +40,7 @@ def sample(config: RLConfig) -> None:
     start = begin(config, None, sandbox=sandbox_choice(prepared))
     assert start is not None
     with (
+        room_for(prepared.config, asks_of(prepared.config)),
         System(prepared.config, prepared.tokenizer) as system,
         Telemetry(start.folder, prepared.num_steps, "rollouts") as telemetry,
     ):
@@ -122,17 +123,14 @@ def replay(path: Path) -> bool:
     start, batches = way_to(run_folder, step)
     row = next(row for row in metrics_of(run_folder) if row["step"] == step and "loss/total" in row)
     prepared = prepare(config.model_copy(update={"run_dir": str(run_folder / "replay")}))
-    owns_ray = connect(config.ray.address, num_cpus_needed(config))
-    try:
-        make_room([ask_of_learner(config)], config.supervision.start_s)
-        with Learner(prepared.config, prepared.tokenizer, prepared.num_steps) as learner:
-            learner.start()
-            if start:
-                learner.load((checkpoint_path(run_folder, start) / "learner").resolve())
-            results = [learner.update(ray.put(load_batch(batch))) for batch in batches]
-    finally:
-        if owns_ray:
-            ray.shutdown()
+    with (
+        room_for(config, [ask_of_learner(config)]),
+        Learner(prepared.config, prepared.tokenizer, prepared.num_steps) as learner,
+    ):
+        learner.start()
+        if start:
+            learner.load((checkpoint_path(run_folder, start) / "learner").resolve())
+        results = [learner.update(ray.put(load_batch(batch))) for batch in batches]
     again = results[-1].metrics
     for key in sorted(again):
         print(f"{key:24} {row[key]!r:>24} {again[key]!r:>24}{'' if row[key] == again[key] else '  differs'}")

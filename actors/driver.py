@@ -17,11 +17,12 @@ from actors.collector import Collector
 from actors.disk import free_mb, size_mb, wait_for_room
 from actors.evaluate import Evaluator, PassRates, read_report
 from actors.learner import Learner
+from actors.placement import asks_of
 from actors.prepare import Prepared, prepare
 from actors.processes import one_line, resident_mb
 from actors.run_start import REPORT_BEFORE, RunStart, begin, check_resume
 from actors.saving import export_adapter, export_policy, write_checkpoint
-from actors.system import System
+from actors.system import System, room_for
 from actors.telemetry import Telemetry, pool_metrics, sampling_metrics
 from actors.weights import Weights, put_folder, received
 from diffrl.batches import StepRollouts, rollout_metrics, train_batch
@@ -57,8 +58,9 @@ def train(
         print(f"rl: {config.run_dir} is finished; nothing was started")
         return
     with (
-        System(prepared.config, prepared.tokenizer, samples=samples) as system,
+        room_for(prepared.config, asks_of(prepared.config, samples=samples)),
         Learner(prepared.config, prepared.tokenizer, prepared.num_steps) as learner,
+        System(prepared.config, prepared.tokenizer, samples=samples) as system,
         Telemetry(start.folder, prepared.num_steps) as telemetry,
     ):
         summary = (run_class or Run)(prepared, start, system, learner, telemetry).train()

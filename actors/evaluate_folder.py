@@ -18,7 +18,7 @@ from actors.evaluate import EVALUATION_ATTEMPTS, PassRates, num_correct
 from actors.placement import ask_of_evaluation, make_room
 from actors.reward import RewardWorker
 from actors.rollout import canvases_of, rollout_of
-from actors.system import connect
+from actors.system import cluster
 from diffrl.config import SupervisionConfig
 from diffrl.config.pipeline import EvaluationConfig
 from diffrl.prompts import chat_ids
@@ -59,8 +59,7 @@ def sample_with_ray(
     folder: Path, config: EvaluationConfig, problems: Sequence[Problem], address: str | None
 ) -> list[RolloutGroup]:
     """The problems dealt out to Ray tasks; their groups in the order of the problems. `folder` is on every node."""
-    owns_ray = connect(address, config.num_workers * config.cpus_per_worker)
-    try:
+    with cluster(address, config.num_workers * config.cpus_per_worker):
         make_room([ask_of_evaluation(config)], SupervisionConfig().start_s, "evaluation.num_workers")
         task = ray.remote(sample_problems).options(
             num_cpus=config.cpus_per_worker,
@@ -70,9 +69,6 @@ def sample_with_ray(
         )
         shares = [problems[n :: config.num_workers] for n in range(config.num_workers)]
         parts = ray.get([task.remote(folder, config, share) for share in shares])
-    finally:
-        if owns_ray:
-            ray.shutdown()
     return [parts[n % config.num_workers][n // config.num_workers] for n in range(len(problems))]
 
 

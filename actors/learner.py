@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from actors.calls import WORKER_LOST, WorkersKeepDyingError
 from actors.learner_rank import LearnerRank
-from actors.placement import require_shared
+from actors.placement import ask_of_learner, require_shared
 from actors.pool import POLL_S, kill
 from actors.processes import account, cause_of_death, in_actor, introduce, place_of, resident_mb
 from actors.watchdog import ActorState, Watchdog
@@ -67,16 +67,25 @@ class Learner:
         self.doing: tuple[str, float] | None = None  # call under way, and since when
 
     def reserve(self) -> PlacementGroup | None:
-        """Places for the ranks, by which they sit together; None for ranks that take up nothing."""
+        """Places for the ranks, by which they sit together; None for ranks that take up nothing. Raises RunStoppedError when
+        others keep them from it."""
         learner = self.config.learner
         bundle = {name: n for name, n in {"CPU": learner.cpus_per_rank, "GPU": learner.gpus_per_rank}.items() if n}
         if not bundle:
             return None
-        return placement_group(
+        place = placement_group(
             [bundle] * learner.num_ranks,
             strategy=learner.placement,
             bundle_label_selector=[dict(learner.labels)] * learner.num_ranks,
         )
+        start_s = self.config.supervision.start_s
+        if not place.wait(start_s):
+            remove_placement_group(place)
+            raise RunStoppedError(
+                f"supervision.start_s: in {start_s:g} seconds nobody made room for {ask_of_learner(self.config)}; end what else "
+                "runs on the cluster, or ask for less, and go on with --resume auto"
+            )
+        return place
 
     def make_rank(self, number: int) -> Any:
         learner = self.config.learner

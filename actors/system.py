@@ -3,7 +3,8 @@
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ray.exceptions import AuthenticationError
 from transformers import PreTrainedTokenizerFast
 
 from actors.machine import CONNECT_S, check_ray
-from actors.placement import asks_of, make_room
+from actors.placement import Ask, asks_of, make_room
 from actors.pool import CLOSE_S, QUESTIONS, WorkerPool
 from actors.processes import one_line, resident_mb
 from actors.reference import Reference
@@ -29,12 +30,6 @@ class System:
 
     def __init__(self, config: RLConfig, tokenizer: PreTrainedTokenizerFast, *, samples: bool = True):
         """`samples`: with workers that sample and judge."""
-        self.owns_ray = connect(config.ray.address, num_cpus_needed(config))
-        try:
-            make_room(asks_of(config, samples=samples), config.supervision.start_s)
-        except BaseException:
-            self.leave()
-            raise
         rollout, judge, reference = config.rollout, config.judge, config.reference
         self.limits_mb = config.supervision.memory_mb.model_dump()
         self.watchdog = Watchdog(Path(config.run_dir).resolve(), config.supervision.stall_s)
@@ -115,11 +110,6 @@ class System:
                 pool.close()
         finally:
             self.watchdog.__exit__()
-        self.leave()
-
-    def leave(self) -> None:
-        if self.owns_ray:
-            ray.shutdown()
 
 
 def spawner(actor_class: type, options: dict[str, Any], *args: Any, **kwargs: Any) -> Callable[[], Any]:
@@ -132,6 +122,25 @@ def spawner(actor_class: type, options: dict[str, Any], *args: Any, **kwargs: An
 def num_cpus_needed(config: AnyConfig) -> float:
     """By all actors, or all workers, of a stage."""
     return sum(ask.count * ask.resources["CPU"] for ask in asks_of(config))
+
+
+@contextmanager
+def cluster(address: str | None, num_cpus: float) -> Iterator[None]:
+    """Be in the cluster of `connect`, and leave it at the end, or end the one that was started here."""
+    owns_ray = connect(address, num_cpus)
+    try:
+        yield
+    finally:
+        if owns_ray:
+            ray.shutdown()
+
+
+@contextmanager
+def room_for(config: RLConfig, asks: Sequence[Ask]) -> Iterator[None]:
+    """The run's cluster, once it has room for what is asked."""
+    with cluster(config.ray.address, num_cpus_needed(config)):
+        make_room(asks, config.supervision.start_s)
+        yield
 
 
 def connect(address: str | None, num_cpus: float, *, log_to_driver: bool = True) -> bool:

@@ -13,10 +13,11 @@ import pytest
 from actors.cli import main
 from actors.driver import Run
 from actors.learner import Learner
+from actors.placement import asks_of
 from actors.prepare import prepare
 from actors.run_start import begin
 from actors.stages import train_supervised
-from actors.system import System
+from actors.system import System, room_for
 from actors.telemetry import Telemetry
 from diffrl.config import RLConfig, SftConfig
 from diffrl.config_file import validate
@@ -143,8 +144,9 @@ def opened(
     prepared, start = prepare(config), begin(config, None)
     assert start is not None
     with (
-        System(prepared.config, prepared.tokenizer) as system,
+        room_for(prepared.config, asks_of(prepared.config)),
         Learner(prepared.config, prepared.tokenizer, prepared.num_steps) as learner,
+        System(prepared.config, prepared.tokenizer) as system,
         Telemetry(start.folder, prepared.num_steps) as telemetry,
     ):
         prepare_system(system)

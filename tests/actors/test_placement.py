@@ -257,7 +257,7 @@ def test_actors_go_to_the_nodes_with_their_labels(second_node: str, idle_actors:
         supervision={"backoff_s": 0.0},
     )
     tokenizer: Any = None  # the actors' alone
-    with System(config, tokenizer) as system, Learner(config, tokenizer, 1) as learner:
+    with Learner(config, tokenizer, 1) as learner, System(config, tokenizer) as system:
         system.wait_ready()
         learner.start()
         places = {name: [place_of(worker).node_id for worker in pool.workers] for name, pool in system.pools().items()}
@@ -271,6 +271,28 @@ def test_actors_go_to_the_nodes_with_their_labels(second_node: str, idle_actors:
     assert first is not None and second is not None and first.id != second.id
     for place in (first, second):
         assert placement_group_table(place)["state"] == "REMOVED"
+
+
+def test_ranks_that_others_keep_from_their_places(second_node: str, idle_actors: None, tmp_path: Path):
+    none = {"cpus_per_worker": 0.0}
+    config = config_of(
+        tmp_path,
+        rollout={"num_workers": 2, "cpus_per_worker": 8.0, "labels": {GROUP: "!learner"}},
+        judge=none,
+        reference={"cpus": 0.0},
+        learner={"num_ranks": 2, "cpus_per_rank": 2.25},
+        supervision={"start_s": 1.0},
+    )
+    tokenizer: Any = None
+    with (
+        System(config, tokenizer) as system,
+        pytest.raises(
+            RunStoppedError, match=r"^supervision.start_s: in 1 seconds .* learner.num_ranks: 2 with 2.25 CPUs each; "
+        ),
+    ):
+        system.wait_ready()
+        Learner(config, tokenizer, 1)
+    assert {row["state"] for row in placement_group_table().values()} == {"REMOVED"}
 
 
 def test_a_folder_that_a_rank_does_not_see_is_refused(

@@ -175,8 +175,8 @@ def measure(staleness: int, delays: dict[str, float], slowest: str, steps: int) 
         prepared, start = prepare(config), begin(config, None)
         assert start is not None
         with (
-            System(prepared.config, prepared.tokenizer) as system,
             SlowLearner(prepared.config, prepared.tokenizer, prepared.num_steps) as learner,
+            System(prepared.config, prepared.tokenizer) as system,
             Telemetry(start.folder, prepared.num_steps) as telemetry,
         ):
             learner.delay_s = delays["learner"]
