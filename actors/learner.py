@@ -24,7 +24,7 @@ from actors.calls import WORKER_LOST, WorkersKeepDyingError
 from actors.learner_rank import LearnerRank
 from actors.placement import ask_of_learner, require_shared
 from actors.pool import POLL_S, kill
-from actors.processes import account, cause_of_death, in_actor, introduce, place_of, resident_mb
+from actors.processes import account, cause_of_death, end_process, in_actor, introduce, place_of, resident_mb
 from actors.watchdog import ActorState, Watchdog
 from actors.weights import Part, Tensors, Weights, publish, received
 from diffrl.config import RLConfig
@@ -248,7 +248,10 @@ class Learner:
             raise WorkersKeepDyingError(f"ranks of the learner keep dying, the last one: {error}") from error
         self.num_rebuilds += 1
         print(f"learner group lost: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        places = [place_of(rank) for rank in self.ranks]
         self.end_ranks()
+        for place in places:
+            end_process(place)
         time.sleep(self.config.supervision.delay_s(self.rebuilds_in_a_row))
         self.place = self.reserve()  # of other nodes, if one was lost
         self.ranks = [self.make_rank(number) for number in range(len(self.ranks))]

@@ -31,7 +31,7 @@ from actors.calls import (
     WorkerRaisedError,
     WorkersKeepDyingError,
 )
-from actors.processes import account, cause_of_death, in_actor, introduce, one_line, place_of
+from actors.processes import account, cause_of_death, end_process, in_actor, introduce, one_line, place_of
 from actors.watchdog import ActorState, Watchdog
 from diffrl.config import SupervisionConfig
 
@@ -242,6 +242,8 @@ class WorkerPool:
         runs = [self.running.pop(ref) for ref in refs]
         story = self.account(worker, reason)  # before it is gone
         kill(worker.handle)
+        if cause is None:  # it is late, and may be frozen
+            end_process(worker.place or place_of(worker.handle))
         print(f"{self.role} worker lost: {story.splitlines()[0]}", file=sys.stderr, flush=True)
         self.losses += 1
         if self.losses > self.config.max_losses * len(self.slots):

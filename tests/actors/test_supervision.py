@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
@@ -74,6 +75,16 @@ def test_a_frozen_worker_is_replaced_within_its_deadline(pool: WorkerPool):
     began = time.monotonic()
     assert outcomes_of(pool, "work", range(6)) == {value: value**2 for value in range(6)}
     assert pool.num_restarts == 1 and LIMIT_S <= time.monotonic() - began < 10 * LIMIT_S
+
+
+@settings(1)
+def test_a_frozen_worker_ends_even_when_ray_forgets_it(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch):
+    frozen = psutil.Process(ray.get(in_actor(pool.workers[0], lambda worker: os.getpid())))
+    frozen.suspend()
+    with monkeypatch.context() as patched:
+        patched.setattr("actors.pool.kill", lambda actor: None)
+        assert outcomes_of(pool, "work", range(2)) == {0: 0, 1: 1}
+    frozen.wait(10 * LIMIT_S)
 
 
 @settings(1)
