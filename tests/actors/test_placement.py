@@ -31,7 +31,7 @@ from actors.placement import (
 )
 from actors.processes import place_of
 from actors.system import System, connect
-from diffrl.config import RLConfig
+from diffrl.config import RLConfig, SupervisionConfig
 from diffrl.config_file import validate
 from diffrl.errors import ConfigError, RunStoppedError
 from tests.conftest import RayCluster, free_ports
@@ -281,8 +281,8 @@ def test_ranks_that_others_keep_from_their_places(second_node: str, idle_actors:
         judge=none,
         reference={"cpus": 0.0},
         learner={"num_ranks": 2, "cpus_per_rank": 2.25},
-        supervision={"start_s": 1.0},
     )
+    hurried = config.model_copy(update={"supervision": SupervisionConfig(start_s=1.0)})
     tokenizer: Any = None
     with (
         System(config, tokenizer) as system,
@@ -291,7 +291,7 @@ def test_ranks_that_others_keep_from_their_places(second_node: str, idle_actors:
         ),
     ):
         system.wait_ready()
-        Learner(config, tokenizer, 1)
+        Learner(hurried, tokenizer, 1)
     assert {row["state"] for row in placement_group_table().values()} == {"REMOVED"}
 
 
