@@ -27,15 +27,18 @@ def train_profiled(config: RLConfig, number: int, *, resume: str | None = None) 
         )
 
     class Profiled(Run):
+        def ask_ahead(self, step: int) -> None:
+            if step + 1 == number:  # before its rollouts are asked for
+                for actor in self.named_actors().values():
+                    ask(actor, begin)
+            super().ask_ahead(step)
+
         def step(self, step: int) -> None:
+            super().step(step)
             if step + 1 != number:
-                super().step(step)
                 return
             folder = (self.folder / FOLDER).resolve()
             folder.mkdir(exist_ok=True)
-            for actor in self.named_actors().values():
-                ask(actor, begin)
-            super().step(step)
             for name, actor in self.named_actors().items():
                 ask(actor, partial(end, file=folder / f"{name}.json"))
             ray.timeline(str(folder / "ray.json"))
