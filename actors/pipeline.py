@@ -105,9 +105,9 @@ class PipelineRun:
             check_gpus(evaluation, needed, self.config.ray.address, "evaluation.")
             asked, address = [ask_of_evaluation(evaluation)], self.config.ray.address
             check_labels(asked, address)
-            check_cluster(asked, address)
             choose_sandbox(evaluation.sandbox, "evaluation.sandbox")
             problems_of(evaluation.problems, "evaluation.problems")
+            check_cluster(asked, address)
 
     def explain(self) -> None:
         """The checks and estimates of every stage, then the plan as a table."""

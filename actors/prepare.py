@@ -51,7 +51,6 @@ def prepare(config: RLConfig) -> Prepared:
     with said_in_a_line(config):
         check_run_folder(Path(config.run_dir), config.model.path)
         check_devices(config)
-        check_cluster(asks_of(config), config.ray.address)
         if config.checkpoint.copy_to is not None:
             Mirror(config.checkpoint.copy_to)
         sandbox, sandbox_reason = choose_sandbox(config.sandbox)
@@ -59,6 +58,7 @@ def prepare(config: RLConfig) -> Prepared:
         model = check_policy(config.model, tokenizer)
         check_estimator_family(config.method.estimator, type(model))
         check_context(config, model.config.max_position_embeddings)
+        check_cluster(asks_of(config), config.ray.address)
         problems = problems_of(config.data)
         fitting = [p for p in problems if len(chat_ids(tokenizer, p)) <= config.data.max_prompt_tokens]
         if not fitting:

@@ -131,10 +131,10 @@ def prepare_stage(config: PretrainConfig | SftConfig, folder: Path) -> PreparedS
     with said_in_a_line(config):
         check_run_folder(Path(config.run_dir), config.model.path)
         check_devices(config)
-        check_cluster(asks_of(config), config.ray.address)
         tokenizer = load_policy_tokenizer(config.model)
         model = check_policy(config.model, tokenizer)
         check_lengths(config, model.config.max_position_embeddings)
+        check_cluster(asks_of(config), config.ray.address)
         shards = supervised_shards(config, tokenizer, folder / "data")
         manifest = open_shards(shards)
     if config.validation.rows >= manifest.num_rows:
