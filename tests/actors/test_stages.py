@@ -228,7 +228,8 @@ def lines(folder: Path) -> int:
 
 def train_workers() -> set[int]:
     """Process ids of the Ray Train workers of this cluster."""
-    found = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
+    here = ray.get_runtime_context().gcs_address
+    found = list_actors(address=here, filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
     return {int(actor["pid"]) for actor in found if actor["pid"]}
 
 
