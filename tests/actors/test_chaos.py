@@ -223,14 +223,20 @@ def test_faults_cost_time_and_nothing_else(
     assert not left_over
 
 
+def workers_here() -> Iterator[tuple[str, psutil.Process]]:
+    """Of this cluster, whatever others the machine has."""
+    session = ray.get_runtime_context().get_session_name()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            name, raylet = process.name(), process.parent()
+            if name.startswith("ray::") and raylet is not None and session in " ".join(raylet.cmdline()):
+                yield name, process
+
+
 def forgotten(chaos: Chaos, before: set[int], engine: str) -> list[str]:
     """Processes, containers, placement groups and shares of the cluster that a run which has ended still holds."""
     processes = [p for p in chaos.broken if p.is_running()]  # by more than its number, which may be another's by now
-    names = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.pid not in before and process.name().startswith("ray::") and "IDLE" not in process.name():
-                names.append(process.name())
+    names = [name for name, process in workers_here() if process.pid not in before and "IDLE" not in name]
     with contextlib.closing(docker.DockerClient(base_url=engine)) as client:
         containers = client.containers.list(all=True, filters=LABEL, ignore_removed=True)
     groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
