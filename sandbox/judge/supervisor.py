@@ -297,7 +297,7 @@ def hide_token() -> int:
     """
     if given := os.environ.get(_TOKEN_FD):
         return int(given)
-    token = os.environ.get(TOKEN, "")
+    token = os.environ.get(TOKEN, "").strip()
     if path := os.environ.get(TOKEN_FILE):
         if os.geteuid() != 0:
             leave(2, f"{TOKEN_FILE} is {path}, which programs could read, as they have this uid: give {TOKEN} instead")

@@ -3,7 +3,8 @@
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import docker
@@ -53,6 +54,13 @@ def container_of(engine: docker.DockerClient, address: str) -> Container:
         if any(network["IPAddress"] == host for network in container.attrs["NetworkSettings"]["Networks"].values()):
             return container
     raise AssertionError(f"no container has {host}")
+
+
+def await_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def judge(sandbox: PodSandbox, code: str, *tests: str, limits: Limits = ROOMY) -> Verdict:
@@ -120,14 +128,9 @@ def test_whatever_else_runs_ends_with_a_program_and_the_judge_goes_on(
     sleep = ["/usr/bin/python3", "-c", "import time; time.sleep(600)"]
     stranger = engine.api.exec_create(container_of(engine, pod).id, sleep)["Id"]
     engine.api.exec_start(stranger, detach=True)
-    deadline = time.monotonic() + 60
-    while not sandbox.survivors():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    await_until(lambda: bool(sandbox.survivors()))
     assert judge(sandbox, "def f(x): return x * x", "assert f(2) == 4").statuses == (TestStatus.PASSED,)
-    while engine.api.exec_inspect(stranger)["Running"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    await_until(lambda: not engine.api.exec_inspect(stranger)["Running"])
     assert sandbox.stats()["slots_started"] == before + 1
     assert_clean(sandbox)
 
@@ -139,15 +142,39 @@ def test_sigterm_from_outside_drains(engine: docker.DockerClient, container_engi
         assert container.wait(timeout=60)["StatusCode"] == 0
 
 
+@contextlib.contextmanager
+def started(engine: docker.DockerClient, image: str, *arguments: str, **change: Any) -> Iterator[Container]:
+    options: dict[str, Any] = {"read_only": True, "tmpfs": {"/scratch": "mode=0777"}}
+    options |= {"environment": {"DIFFRL_SANDBOX_TOKEN": TOKEN}} | change
+    container = engine.containers.create(
+        image,
+        ["--listen", "127.0.0.1:7010", *(arguments or ("--slots", "1"))],
+        user=f"{UID}:{UID}",
+        cap_drop=["ALL"],
+        security_opt=["no-new-privileges"],
+        network_mode="none",
+        **options,
+    )
+    try:
+        container.start()
+        yield container
+    finally:
+        container.remove(force=True)
+
+
 @pytest.mark.parametrize(
     ("said", "arguments", "change"),
     [
         ("--slots is 2, give --slots 1", ["--slots", "2"], {}),
-        ("DIFFRL_SANDBOX_TOKEN_FILE is /run/token, which programs could read", [], {"file": "/run/token"}),
+        (
+            "DIFFRL_SANDBOX_TOKEN_FILE is /run/token, which programs could read",
+            [],
+            {"environment": {"DIFFRL_SANDBOX_TOKEN_FILE": "/run/token"}},
+        ),
         ("make its root file system read-only", [], {"read_only": False}),
         ("may not write to /scratch: mount a tmpfs there", [], {"tmpfs": {"/scratch": "mode=0755"}}),
         ("could leave something for the next in /more", [], {"tmpfs": {"/scratch": "mode=0777", "/more": "mode=0777"}}),
-        ("it must be the first process of its container", [], {"init": True}),
+        pytest.param("it must be the first process of its container", [], {"init": True}, marks=pytest.mark.slow),
     ],
 )
 def test_it_says_why_it_does_not_start(
@@ -155,25 +182,28 @@ def test_it_says_why_it_does_not_start(
 ) -> None:
     if "init" in change and not engine.info().get("InitBinary"):
         pytest.skip("this engine has no docker-init")
-    file = change.pop("file", None)
-    options = {"read_only": True, "tmpfs": {"/scratch": "mode=0777"}} | change
-    container = engine.containers.create(
-        judge_image,
-        ["--listen", "127.0.0.1:7010", *(arguments or ["--slots", "1"])],
-        user=f"{UID}:{UID}",
-        cap_drop=["ALL"],
-        security_opt=["no-new-privileges"],
-        network_mode="none",
-        environment={"DIFFRL_SANDBOX_TOKEN_FILE": file} if file else {"DIFFRL_SANDBOX_TOKEN": TOKEN},
-        **options,
-    )
-    try:
-        container.start()
+    with started(engine, judge_image, *arguments, **change) as container:
         assert container.wait(timeout=60)["StatusCode"] == 2
         (line,) = container.logs().decode().splitlines()
         assert line.startswith("sandbox: ") and said in line
-    finally:
-        container.remove(force=True)
+
+
+@pytest.mark.parametrize("place", ["/dev/termination-log", "/root/termination-log"])
+def test_the_kubelet_s_file_for_last_words_is_out_of_reach_where_cluster_has_it(
+    engine: docker.DockerClient, judge_image: str, tmp_path: Path, place: str
+) -> None:
+    log = tmp_path / "log"
+    log.touch()
+    log.chmod(0o666)
+    volumes = {str(log): {"bind": place, "mode": "rw"}}
+    with started(engine, judge_image, volumes=volumes) as container:
+        if place.startswith("/dev"):
+            assert container.wait(timeout=60)["StatusCode"] == 2
+            assert f"could leave something for the next in {place}" in container.logs().decode()
+        else:
+            await_until(lambda: len(container.top()["Processes"]) == 5)
+            container.kill("SIGTERM")
+            assert container.wait(timeout=60)["StatusCode"] == 0
 
 
 @pytest.mark.slow
