@@ -5,7 +5,7 @@ A container      supervisor.py (PID 1, the queue), nursery.py (forks slots, clea
                  metrics.py (counters for Prometheus), one_uid.py (without the right to switch uids)
 A submission     session.py (test by test), clock.py (deadlines), script.py (stdin mode), zygote_client.py
 A sandbox        zygote.py (forks a child per program, measures, kills, wipes); warming.py, cleaning.py, cpu.py,
-                 seccomp.py, private_tmp.py
+                 seccomp.py, landlock.py, private_tmp.py
 The program      solution.py, solution_peer.py (its end of the link)
 The tests        evaluator.py, evaluator_peer.py (its end), proxies.py (what tests see of the program), grading.py (one
                  test string, and where a unittest runs), expectations.py (what a test's source says it needs)

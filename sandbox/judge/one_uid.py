@@ -15,10 +15,13 @@ The processes are those of every container (see __init__.py). What uids do elsew
 The asserts do not run in PID 1 itself: a test that never ends in C code (a program can see to that, by what it returns)
 would take the container along, and every test would share a process with the token.
 
+- files of the tests, and what tests start: by Landlock, where there is some (landlock.py).
+
 Less protected than with a uid for each program:
-- Files. Program and tests may open each other's, in /scratch and /dev/shm, while both run.
-- What a test starts: its threads and subprocesses can be signalled by the program. The kernel takes a thread's number
-  for its process's, so a program can end a test that runs threads. Then the judge has failed: nothing is paid.
+- Without Landlock. A program opens files that its tests write meanwhile; a test that runs or imports what lies in its
+  working folder can be forged. It signals subprocesses of its tests and, as the kernel takes a thread's number for its
+  process's, it can end a test that has started threads. Then the judge has failed: nothing is paid.
+- /dev/shm, which program and tests share, and names, modes and times of all files in /scratch.
 - Processes. The kernel counts them over all pods of this uid on a node, so RLIMIT_NPROC is only a wide backstop. A
   program with more than max_processes is killed within a tenth of a second, threads not counted; the pod's own limit
   (podPidsLimit) must hold off a bomb until then.

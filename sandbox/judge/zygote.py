@@ -33,7 +33,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sandbox.judge import cleaning, private_tmp, seccomp, warming
+from sandbox.judge import cleaning, landlock, private_tmp, seccomp, warming
 from sandbox.judge.cpu import RunningCpu
 
 _PRELOAD = [
@@ -197,6 +197,8 @@ class Zygote:
             cleaning.switch_uid(uid)
         if self._scope == "one_uid":  # whatever runs now, before the program does, is the judge's
             seccomp.spare(pid for pid in cleaning.pids() if pid != os.getpid())
+            if self._role_name == "solution":
+                landlock.confine(self._scratch)
         os.dup2(1, 2)  # stdout is /dev/null already; stderr carries the zygote's own last words
 
     def _descendants(self) -> list[int]:

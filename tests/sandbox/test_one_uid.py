@@ -2,8 +2,9 @@
 
 import contextlib
 import hashlib
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ import docker
 import pytest
 from docker.models.containers import Container
 
+from sandbox.judge import frames, protocol
 from sandbox.pod import PodSandbox, local_pod
 from sandbox.types import Limits, Submission, TestStatus, Verdict
 from tests.sandbox import corpora
 from tests.sandbox.attacks import ATTACKS, NEIGHBOURS
 from tests.sandbox.attacks.attack import Attack
+from tests.sandbox.attacks.neighbours import OF_ITS_TESTS
 from tests.sandbox.test_attacks import assert_clean, pass_rate
 from tests.sandbox.test_attacks import judge as judge_attack
-from tests.sandbox.test_corpora import not_passed
 from tests.sandbox.test_pod import HUNT
 
 pytestmark = [pytest.mark.docker, pytest.mark.filterwarnings("ignore:.*invalid escape sequence")]
@@ -67,6 +69,11 @@ def judge(sandbox: PodSandbox, code: str, *tests: str, limits: Limits = ROOMY) -
     return sandbox.judge(Submission(id="t", code=code, tests=tests, limits=limits))
 
 
+def landlock_version(sandbox: PodSandbox) -> int:
+    code = "import ctypes\ndef f(): return ctypes.CDLL(None).syscall(444, None, 0, 1)"
+    return int(judge(sandbox, code, "assert False, f()").details[0].rpartition(" ")[2])
+
+
 SEES = """
 import os
 def f(what):
@@ -105,6 +112,8 @@ def test_what_a_program_is_and_sees(sandbox: PodSandbox) -> None:
     "attack", [*NEIGHBOURS, *(a for a in ATTACKS if a.name in QUICK)], ids=lambda attack: attack.name
 )
 def test_a_program_gets_what_it_deserves_and_leaves_nothing(sandbox: PodSandbox, attack: Attack) -> None:
+    if attack in OF_ITS_TESTS and landlock_version(sandbox) < 6:
+        pytest.skip("held off by Landlock, which this kernel or engine has not, or not for signals")
     for _ in range(attack.runs):
         verdict = judge_attack(sandbox, attack)
         assert pass_rate(verdict) in attack.accept, (attack.property, verdict)
@@ -211,6 +220,15 @@ def test_the_kubelet_s_file_for_last_words_is_out_of_reach_where_cluster_has_it(
     ("corpus", "count"),
     [(corpora.humaneval, 164), (corpora.mbpp, 974), (corpora.humaneval_plus, 164), (corpora.mbpp_plus, 378)],
 )
-def test_right_programs_pass(sandbox: PodSandbox, corpus: Any, count: int) -> None:
-    assert not_passed(sandbox, corpus(), count) == []
+def test_right_programs_pass(sandbox: PodSandbox, corpus: Callable[[], Iterable[Submission]], count: int) -> None:
+    """All of them, but for the few whose tests fit in no frame, which no pod and no container takes."""
+    num_judged, num_too_large = 0, 0
+    for submission in corpus():
+        if len(json.dumps(protocol.submission_to_wire(submission))) > frames.MAX_FRAME - 1000:
+            num_too_large += 1
+            continue
+        verdict = sandbox.judge(submission)
+        assert set(verdict.statuses) == {TestStatus.PASSED} and verdict.trust == "high", verdict
+        num_judged += 1
+    assert num_judged + num_too_large == count and num_too_large < 0.02 * count
     assert sandbox.stats()["errors"] == 0 and sandbox.survivors() == []

@@ -58,7 +58,9 @@ import os, shutil
 def f(x):
     if x == 2:
         os.chmod(".", 0)
-        for path in ("/scratch/0/evaluator", "/scratch/0/solution"): {change}
+        for path in ("/scratch/0/evaluator", "/scratch/0/solution"):
+            try: {change}
+            except OSError: pass
         while True: pass
     return x * x
 """
@@ -106,6 +108,46 @@ def f(x):
     return x * x
 """
 
+_FOR_LANDLOCK = {
+    "files_of_its_tests": (
+        """
+place = "/scratch/0/evaluator"
+def f(x):
+    names = attempt(os.listdir, place) or ["secret"]
+    for name in names:
+        out.append(attempt(lambda: open(f"{place}/{name}").read()))
+        out.append(attempt(lambda: open(f"{place}/{name}", "w")))
+        out.append(attempt(lambda: os.link(f"{place}/{name}", "here") or True))
+        out.append(attempt(lambda: os.rename(f"{place}/{name}", "here") or True))
+        out.append(attempt(lambda: os.rename(f"{place}/{name}", f"{place}/{name}2") or True))
+        out.append(attempt(lambda: os.truncate(f"{place}/{name}", 0) or True))
+        out.append(attempt(lambda: os.unlink(f"{place}/{name}") or True))
+    for path in (f"{place}/json.py", "/scratch/0/x", "/scratch/x"): out.append(attempt(lambda: open(path, "w")))
+    out.append(attempt(lambda: os.symlink("/", f"{place}/link") or True))
+    out.append(attempt(lambda: os.rename(place, "/scratch/0/away") or True))
+    return x * x if any(out) else None
+""",
+        "import pathlib; pathlib.Path('secret').write_text('4')\nassert f(2) == 4",
+    ),
+    "threads_of_its_tests": (
+        """
+def f(x):
+    for pid in others():
+        for thread in map(int, os.listdir(f"/proc/{pid}/task")):
+            for number in ({thread} - {pid} if pid != 1 else ()): out.append(attempt(lambda: os.kill(number, 9) or True))
+    return x * x if any(out) else None
+""",
+        "import threading, time\nfor _ in range(3): threading.Thread(target=time.sleep, args=(3,), daemon=True).start()\n"
+        "assert f(2) == 4",
+    ),
+}
+
+OF_ITS_TESTS = attacks(
+    NO_WAY_OUT,
+    {name: (OTHERS + code, test) for name, (code, test) in _FOR_LANDLOCK.items()},
+    status=TestStatus.FAILED,
+    limits=ROOM,
+)
 NEIGHBOURS = [
     *attacks(
         NO_WAY_OUT,
@@ -116,6 +158,7 @@ NEIGHBOURS = [
         status=TestStatus.FAILED,
         limits=ROOM,
     ),
+    *OF_ITS_TESTS,
     *attacks(ALIVE, {"tells_the_supervisor_to_leave": _TERMINATE}, accept=(1,), limits=ROOM),
     *attacks(
         ALIVE,
