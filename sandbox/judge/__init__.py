@@ -2,7 +2,7 @@
 `sandbox` outside this folder only types.py; the judge image holds nothing else.
 
 A container      supervisor.py (PID 1, the queue), nursery.py (forks slots, cleans up), protocol.py (frames to clients),
-                 metrics.py (counters for Prometheus), one_uid.py (without the right to switch uids)
+                 metrics.py (counters for Prometheus); own_uids.py, one_uid.py (with and without the right to switch)
 A submission     session.py (test by test), clock.py (deadlines), script.py (stdin mode), zygote_client.py
 A sandbox        zygote.py (forks a child per program, measures, kills, wipes); warming.py, cleaning.py, cpu.py,
                  seccomp.py, landlock.py, private_tmp.py

@@ -109,7 +109,10 @@ class OneSlot:
 
     def settled(self) -> bool:
         """After a program: removes what it left; False when it left a process, or something that cannot be removed."""
-        self._empty()
+        try:
+            self._empty()
+        except OSError:
+            return False
         return not self.left()
 
     def left(self) -> list[str]:

@@ -18,7 +18,6 @@ import contextlib
 import hmac
 import os
 import queue
-import random
 import secrets
 import signal
 import socket
@@ -26,13 +25,12 @@ import struct
 import sys
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from sandbox.judge import frames, metrics, nursery, one_uid, protocol, zygote
+from sandbox.judge import frames, metrics, one_uid, own_uids, protocol, zygote
 
 TOKEN = "DIFFRL_SANDBOX_TOKEN"
 TOKEN_FILE = "DIFFRL_SANDBOX_TOKEN_FILE"
@@ -100,10 +98,10 @@ class Client:
 
 
 class Slots(Protocol):
-    """Where sessions come from."""
+    """Where sessions come from. EOFError: there are none any more."""
 
     def start(self, index: int) -> socket.socket:
-        """Cleans up after the slot's last session; the socket of a new one."""
+        """Cleans up after the slot's last session; the socket of a new one. OSError: something cannot be removed."""
         ...
 
     def settled(self) -> bool:
@@ -113,30 +111,6 @@ class Slots(Protocol):
     def left(self) -> list[str]:
         """What judged programs left behind."""
         ...
-
-
-class NurserySlots:
-    """Slots with uids of their own, from a nursery that was forked early. It and its zygotes see to what is left."""
-
-    def __init__(self, control: socket.socket) -> None:
-        self._nursery = control
-        self._asking = threading.Lock()
-
-    def start(self, index: int) -> socket.socket:
-        return socket.socket(fileno=self._ask({"op": "slot", "index": index})[1][0])
-
-    def settled(self) -> bool:
-        return True
-
-    def left(self) -> list[str]:
-        return self._ask({"op": "left"})[0]["left"]
-
-    def _ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
-        with self._asking:
-            try:
-                return nursery.ask(self._nursery, request)
-            except EOFError as error:
-                leave(1, str(error))
 
 
 class Supervisor:
@@ -184,7 +158,7 @@ class Supervisor:
         if op == "stats":
             client.send({"id": number, "stats": self.stats()})
         elif op == "left":
-            client.send({"id": number, "left": self._slots.left()})
+            client.send({"id": number, "left": self._left()})
         elif op == "judge":
             self._enqueue(client, message)
         else:
@@ -227,6 +201,12 @@ class Supervisor:
         except (OSError, EOFError) as error:
             leave(1, f"could not start a slot: {error}")
 
+    def _left(self) -> list[str]:
+        try:
+            return self._slots.left()
+        except (OSError, EOFError) as error:
+            leave(1, f"could not look for what is left: {error}")
+
     def _count(self, **more: int) -> None:
         with self._counting:
             for name, count in more.items():
@@ -241,7 +221,9 @@ def main() -> None:
     with contextlib.suppress(OSError):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     streams = StandardStreams()  # also where they are not spoken on: what a program prints is thrown away
-    slots = slots_by_uid() if os.geteuid() == 0 else slot_of_one_uid(options.slots)
+    if problem := own_uids.problem() if os.geteuid() == 0 else one_uid.problem(options.slots):
+        leave(2, problem)
+    slots: Slots = own_uids.fork_nursery() if os.geteuid() == 0 else one_uid.OneSlot()
     token = None if token_fd is None else read_token(token_fd)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before there are threads, see on_term
     supervisor = Supervisor(slots, options.slots, options.max_waiting)
@@ -261,32 +243,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--listen", metavar="HOST:PORT", help=f"serve on TCP; needs {TOKEN} or {TOKEN_FILE}")
     parser.add_argument("--metrics", metavar="HOST:PORT", help="with --listen: serve counters to Prometheus there")
     return parser.parse_args(arguments)
-
-
-def slots_by_uid() -> NurserySlots:
-    """Programs get uids of their own, from a nursery that is forked here."""
-    wanted = {"CHOWN": 0, "DAC_OVERRIDE": 1, "KILL": 5, "SETGID": 6, "SETUID": 7}
-    status = Path("/proc/self/status").read_text()
-    effective = int(status.partition("CapEff:")[2].split()[0], 16)
-    if missing := [name for name, bit in wanted.items() if not effective >> bit & 1]:
-        leave(2, f"runs as root without {', '.join(missing)}: add these capabilities, or start it as another user")
-    zygote.preload()
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    if os.fork() == 0:
-        try:
-            nursery.main(theirs, random.SystemRandom().randrange(1 << 20, 1 << 30, 1 << 12))
-        except BaseException:
-            traceback.print_exc()  # to the container's stderr
-        finally:
-            os._exit(1)
-    theirs.close()
-    return NurserySlots(ours)
-
-
-def slot_of_one_uid(num_slots: int) -> one_uid.OneSlot:
-    if problem := one_uid.problem(num_slots):
-        leave(2, problem)
-    return one_uid.OneSlot()
 
 
 def hide_token() -> int:
