@@ -12,10 +12,9 @@ The processes are those of every container (see __init__.py). What uids do elsew
   runs than the judge's own processes it kills all others at once, which no race of forks survives, and starts them
   anew. As they must not inherit its memory, they are started as a program of their own. It empties /scratch and
   /dev/shm, whoever has made what is in there, and removes System V objects.
+- files of the tests, and what tests start: Landlock, where the kernel has it (landlock.py).
 The asserts do not run in PID 1 itself: a test that never ends in C code (a program can see to that, by what it returns)
 would take the container along, and every test would share a process with the token.
-
-- files of the tests, and what tests start: by Landlock, where there is some (landlock.py).
 
 Less protected than with a uid for each program:
 - Without Landlock. A program opens files that its tests write meanwhile; a test that runs or imports what lies in its
