@@ -76,6 +76,12 @@ def f(host, port):
     assert f"diffrl_sandbox_slots {stats['slots']}" in served
 
 
+def test_what_a_program_prints_does_not_reach_the_log_of_the_pod(sandbox: PodSandbox) -> None:
+    code = "import os\ndef f(): return [os.readlink(f'/proc/self/fd/{number}') for number in range(3)]"
+    verdict = judge(sandbox, code, "assert f() == ['/dev/null'] * 3, f()")
+    assert verdict.statuses == (PASSED,), verdict.details
+
+
 def test_many_clients_at_once(pod: tuple[str, str]) -> None:
     def client(number: int) -> list[TestStatus]:
         with PodSandbox(address=pod[0], token=pod[1], slots=2) as sandbox:
