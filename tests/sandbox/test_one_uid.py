@@ -24,12 +24,14 @@ from tests.sandbox.test_attacks import judge as judge_attack
 from tests.sandbox.test_pod import HUNT
 
 pytestmark = [pytest.mark.docker, pytest.mark.filterwarnings("ignore:.*invalid escape sequence")]
+SLOW = pytest.mark.slow
 UID, TOKEN = 10002, "0f1e2d3c4b5a69780f1e2d3c4b5a6978"
 ROOMY = Limits(cpu_s=10, wall_s=60)
 QUICK = (  # of the attacks on every backend, which the slow tests all make here
     *("files_of_other_processes", "traces_and_reads_other_processes", "priorities_limits_and_cores_of_other_processes"),
-    *("signals_to_everybody", "kills_whoever_comes_to_kill_it", "mark_in_files", "mark_in_system_v_objects"),
+    *("signals_to_everybody", "mark_in_files", "mark_in_system_v_objects"),
 )
+LONG = ("a_swarm_flees_from_fork_to_fork", "closes_the_folders", "puts_files_in_their_place")
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +111,12 @@ def test_what_a_program_is_and_sees(sandbox: PodSandbox) -> None:
 
 
 @pytest.mark.parametrize(
-    "attack", [*NEIGHBOURS, *(a for a in ATTACKS if a.name in QUICK)], ids=lambda attack: attack.name
+    "attack",
+    [
+        *(pytest.param(a, marks=SLOW) if a.name in LONG else a for a in NEIGHBOURS),
+        *(a for a in ATTACKS if a.name in QUICK),
+    ],
+    ids=lambda attack: attack.name,
 )
 def test_a_program_gets_what_it_deserves_and_leaves_nothing(sandbox: PodSandbox, attack: Attack) -> None:
     if attack in OF_ITS_TESTS and landlock_version(sandbox) < 6:
@@ -180,10 +187,10 @@ def started(engine: docker.DockerClient, image: str, *arguments: str, **change: 
             [],
             {"environment": {"DIFFRL_SANDBOX_TOKEN_FILE": "/run/token"}},
         ),
-        ("make its root file system read-only", [], {"read_only": False}),
-        ("may not write to /scratch: mount a tmpfs there", [], {"tmpfs": {"/scratch": "mode=0755"}}),
+        pytest.param("make its root file system read-only", [], {"read_only": False}, marks=SLOW),
+        pytest.param("may not write to /scratch: mount a tmpfs", [], {"tmpfs": {"/scratch": "mode=0755"}}, marks=SLOW),
         ("could leave something for the next in /more", [], {"tmpfs": {"/scratch": "mode=0777", "/more": "mode=0777"}}),
-        pytest.param("it must be the first process of its container", [], {"init": True}, marks=pytest.mark.slow),
+        pytest.param("it must be the first process of its container", [], {"init": True}, marks=SLOW),
     ],
 )
 def test_it_says_why_it_does_not_start(
@@ -197,7 +204,7 @@ def test_it_says_why_it_does_not_start(
         assert line.startswith("sandbox: ") and said in line
 
 
-@pytest.mark.parametrize("place", ["/dev/termination-log", "/root/termination-log"])
+@pytest.mark.parametrize("place", [pytest.param("/dev/termination-log", marks=SLOW), "/root/termination-log"])
 def test_the_kubelet_s_file_for_last_words_is_out_of_reach_where_cluster_has_it(
     engine: docker.DockerClient, judge_image: str, tmp_path: Path, place: str
 ) -> None:
