@@ -257,7 +257,9 @@ class _AttachedStreams:
         return data
 
 
-def create(engine: docker.DockerClient, image: str, command: list[str], options: dict[str, Any], **more: Any) -> str:
+def create(
+    engine: docker.DockerClient, image: str, command: list[str], options: dict[str, Any], user: str = "0:0", **more: Any
+) -> str:
     """Makes a container whose standard input ends with the first client that attaches to it; returns its id."""
     host_config = engine.api.create_host_config(log_config=LogConfig(type="none"), **options)
     created = engine.api.create_container(
@@ -265,7 +267,7 @@ def create(engine: docker.DockerClient, image: str, command: list[str], options:
         command=command,
         host_config=host_config,
         hostname="sandbox",
-        user="0:0",
+        user=user,
         stdin_open=True,
         labels={"diffrl.sandbox": "1", OWNER_LABEL: f"{_machine()} {os.getpid()}"},
         **more,

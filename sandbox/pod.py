@@ -80,12 +80,13 @@ class PodSandbox:
 
 @contextlib.contextmanager
 def local_pod(
-    image: str, engine_url: str | None = None, slots: int = 4, token: str | None = None
+    image: str, engine_url: str | None = None, slots: int = 4, token: str | None = None, uid: int = 0
 ) -> Iterator[tuple[str, str]]:
     """One pod of the judge image in this machine's engine, on a network that leads to this machine only.
 
     Yields (address, token) when it answers. For trying the backend: programs in there can reach services that listen on
-    this machine.
+    this machine. With a `uid` it starts without root and without capabilities, as the Pod Security standard `restricted`
+    has it, and then with one slot only (judge/one_uid.py).
     """
     token = token or secrets.token_hex(16)
     with contextlib.ExitStack() as stack:
@@ -97,12 +98,14 @@ def local_pod(
                 "network_mode": network.name,
                 "read_only": True,
                 "cap_drop": ["ALL"],
-                "cap_add": CAPABILITIES,
+                "cap_add": [] if uid else CAPABILITIES,
                 "security_opt": ["no-new-privileges"],
+                "pids_limit": 64 + 160 * slots,
                 "tmpfs": {"/scratch": "size=256m,mode=0777"},  # as open as an emptyDir of Kubernetes
             }
             command = ["--slots", str(slots), "--listen", f"0.0.0.0:{PORT}", "--metrics", f"0.0.0.0:{METRICS_PORT}"]
-            name = create(engine, image, command, options, environment={"DIFFRL_SANDBOX_TOKEN": token})
+            environment = {"DIFFRL_SANDBOX_TOKEN": token}
+            name = create(engine, image, command, options, user=f"{uid}:{uid}", environment=environment)
             stack.callback(engine.api.remove_container, name, force=True, v=True)
             engine.api.start(name)
             host = engine.api.inspect_container(name)["NetworkSettings"]["Networks"][network.name]["IPAddress"]

@@ -4,7 +4,8 @@ Two layers: the root file system (imported once per engine, minutes when nothing
 the judge of this checkout with its bytecode (a second). Both are the same bytes whenever cache and sources are the same.
 
 The image's user is root: the judge's first process switches to one uid per test, so it needs root with a handful of
-capabilities, which the backend leaves it. Programs never run as root.
+capabilities, which the backend leaves it. Programs never run as root. Started as another user, without capabilities, it
+judges one program at a time (judge/one_uid.py).
 """
 
 import contextlib

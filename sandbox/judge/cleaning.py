@@ -65,14 +65,14 @@ def _in_child(action: Callable[[], None]) -> None:
 
 def processes_of(uids: range) -> list[int]:
     """Pids whose real uid is in the range; zombies count, as they still wait for their parent."""
-    return [pid for pid in _pids() if uid_of(pid) in uids]
+    return [pid for pid in pids() if uid_of(pid) in uids]
 
 
 def uid_of(pid: int) -> int | None:
     """Real uid of a process; from its status, because the owner of /proc/PID is root when it is not dumpable."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as file:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/status", "rb") as file:  # bytes: it names itself as it likes
         for line in file:
-            if line.startswith("Uid:"):
+            if line.startswith(b"Uid:"):
                 return int(line.split()[1])
     return None
 
@@ -170,5 +170,26 @@ def _sysv_rows(kind: str) -> Iterator[dict[str, str]]:
             yield dict(zip(head.split(), line.split(), strict=False))
 
 
-def _pids() -> list[int]:
+def pids() -> list[int]:
+    """Of all processes that can be seen."""
     return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+
+
+def processes() -> dict[int, tuple[int, str]]:
+    """Pid -> (parent, state). One look: who is forked meanwhile may be missing."""
+    found = {}
+    for pid in pids():
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
+            state, parent = file.read().rpartition(b")")[2].decode().split()[:2]
+            found[pid] = int(parent), state
+    return found
+
+
+def below(ancestor: int, *, alive: bool = False) -> list[int]:
+    """Pids of what descends from a process; `alive`: without those that are dead and wait for their parent."""
+    seen = processes()
+    found, generation = [], {ancestor}
+    while generation:
+        generation = {pid for pid, (parent, _) in seen.items() if parent in generation}
+        found += generation
+    return [pid for pid in found if not alive or seen[pid][1] not in "ZX"]

@@ -45,7 +45,7 @@ def _of_waited_for(pid: int) -> float:
 def _from_stat(pid: int, field: int) -> float:
     """User and system time, two neighbouring fields of /proc/PID/stat counted from behind the process's name."""
     try:
-        user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[field : field + 2]
+        user, system = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[field : field + 2]
     except (OSError, ValueError):
         return 0.0
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")

@@ -2,7 +2,8 @@
 
 A slot is three processes: the session, which reads submissions and drives them, and the two zygotes that it drives
 (see zygote.py), with uids and scratch folders of their own. All three are forked from here, so neither zygote has any
-memory of a request, of another slot, or of the supervisor's token.
+memory of a request, of another slot, or of the supervisor's token. Where there is one uid (one_uid.py), the supervisor
+starts the nursery as a program of its own, for a single slot, and cleans up itself.
 
 Requests, from the supervisor (one JSON datagram each):
   slot {index}   cleans up after the last slot of that number and starts a new one -> {"ok"} + the session's socket
@@ -33,9 +34,9 @@ UIDS_EACH = 100  # for one zygote: every program gets the next one
 
 
 class Nursery:
-    """Slots of one container, by number."""
+    """Slots of one container, by number. `first_uid` None: all have this process's uid."""
 
-    def __init__(self, control: socket.socket, first_uid: int) -> None:
+    def __init__(self, control: socket.socket, first_uid: int | None) -> None:
         self._control = control
         self._first_uid = first_uid
         self._pids: dict[int, set[int]] = {}  # of the living processes of each slot
@@ -52,26 +53,28 @@ class Nursery:
                 self._control.send(json.dumps({"left": left}).encode())
 
     def _uids(self, index: int, role: int | None = None) -> range:
+        assert self._first_uid is not None
         first = self._first_uid + 2 * UIDS_EACH * index
         if role is None:
             return range(first, first + 2 * UIDS_EACH)
         return range(first + UIDS_EACH * role, first + UIDS_EACH * (role + 1))
 
     def _slot(self, index: int) -> socket.socket:
-        self._clean(index)
-        folders = [SCRATCH / str(index) / role for role in ("solution", "evaluator")]
-        folders[0].parent.mkdir(parents=True, exist_ok=True)
-        if SCRATCH.stat().st_mode & 0o022:  # a pod's volume is open to all, and what programs left there would stay
-            SCRATCH.chmod(0o711)
+        folders = folders_of(index)
+        if self._first_uid is not None:
+            self._clean(index)
+            folders[0].parent.mkdir(parents=True, exist_ok=True)
+            if SCRATCH.stat().st_mode & 0o022:  # a pod's volume is open to all, and what programs left there would stay
+                SCRATCH.chmod(0o711)
         controls = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in folders]
         ours, theirs = socket.socketpair()
         pids = []
         for role, (name, folder) in enumerate(zip(("solution", "evaluator"), folders, strict=True)):
-            uids = self._uids(index, role)
+            uids = None if self._first_uid is None else self._uids(index, role)
             options: dict[str, Any] = {
                 "role": name,
-                "scope": "uid",
-                "uids": [uids.start, len(uids)],
+                "scope": "one_uid" if uids is None else "uid",
+                "uids": None if uids is None else [uids.start, len(uids)],
                 "scratch": [str(folder), *SHARED_SCRATCH],
             }
             control = controls[role][1]
@@ -125,13 +128,27 @@ class Nursery:
     def _left(self, index: int) -> list[str]:
         self._reap()
         uids = self._uids(index)
-        folders = [str(SCRATCH / str(index) / role) for role in ("solution", "evaluator")]
+        folders = map(str, folders_of(index))
         found = [f"process {pid}" for pid in cleaning.processes_of(uids)]
         found += cleaning.entries(folders) + cleaning.entries(SHARED_SCRATCH, uids)
         return found + [f"{kind} {number}" for kind, number in cleaning.sysv_objects(uids)]
 
 
-def main(control: socket.socket, first_uid: int) -> None:
+def ask(control: socket.socket, request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    """The supervisor's end: an answer and the descriptors that came along. EOFError: the nursery died."""
+    control.send(json.dumps(request).encode())
+    data, fds, _, _ = socket.recv_fds(control, 1 << 20, 1)
+    if not data:
+        raise EOFError("the nursery died")
+    return json.loads(data), list(fds)
+
+
+def folders_of(index: int) -> list[Path]:
+    """Where the programs and the tests of a slot start."""
+    return [SCRATCH / str(index) / role for role in ("solution", "evaluator")]
+
+
+def main(control: socket.socket, first_uid: int | None) -> None:
     """Runs the nursery in the calling process until the supervisor is gone."""
     _close_all_but({control.fileno()})
     zygote.shield()
@@ -141,6 +158,13 @@ def main(control: socket.socket, first_uid: int) -> None:
     gc.collect()
     gc.freeze()
     Nursery(control, first_uid).serve()
+
+
+def begin(fd: int) -> None:
+    """The same as `main` in a process that was started for it, with the number of the control socket."""
+    zygote.shield()
+    zygote.preload()
+    main(socket.socket(fileno=fd), None)
 
 
 def _session(front: socket.socket, solution: socket.socket, evaluator: socket.socket) -> None:

@@ -4,12 +4,16 @@ Refused with EPERM: tracing, keyrings (they outlive a program), mounts, namespac
 performance counters, userfaultfd, and limits or scheduling of any process but the caller (without root, programs have
 the zygote's uid). `clone3` gives ENOSYS, so that libraries fall back to `clone`, whose flags a filter can read.
 
+Where programs have the judge's uid (one_uid.py) a second filter refuses them every way to signal the judge's processes
+and to change their priority.
+
 Containers have their engine's own filter as well. On machines of other kinds than those in the table there is none.
 """
 
 import ctypes
 import platform
 import struct
+from collections.abc import Iterable
 
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _ALLOW, _KILL_PROCESS, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
@@ -52,6 +56,17 @@ _FOR_ONESELF_ONLY = {  # the first argument must be 0
     "sched_setattr": (314, 274),
 }
 _CLONE, _CLONE3 = (56, 220), (435, 435)
+_TO_A_PROCESS = {  # the first argument says to whom a signal goes, or what to hold for one
+    "kill": (62, 129),
+    "tkill": (200, 130),
+    "tgkill": (234, 131),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+    "pidfd_open": (434, 434),
+}
+_PIDFD_SEND_SIGNAL, _SETPRIORITY = (424, 424), (141, 140)
+_FCNTL, _F_SETOWN = (72, 25), [8, 15]  # and F_SETOWN_EX: whom the kernel signals when a descriptor is ready
+_IOCTL, _FIOSETOWN = (16, 29), [0x8901, 0x8902]  # and SIOCSPGRP: the same
 _AUDIT = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of the tables, what the kernel calls it
 
 
@@ -77,17 +92,56 @@ def program(machine: str) -> bytes | None:
         lines += [(_IF_EQUAL, 0, 4, numbers[column]), (_LOAD, 0, 0, _FIRST_ARGUMENT), (_IF_EQUAL, 1, 0, 0), refuse]
         lines += [(_RETURN, 0, 0, _ALLOW)]
     lines += [(_RETURN, 0, 0, _ALLOW)]
+    return _packed(lines)
+
+
+def signal_program(machine: str, judge: Iterable[int]) -> bytes:
+    """The second filter: refuses signals to these processes, their process groups or everybody, and other priorities than
+    the caller's own. KeyError for a machine that is not in the tables."""
+    column, _ = _AUDIT[machine]
+    everybody = [-1, *(number for pid in judge for number in (pid, -pid))]
+    lines = [(_LOAD, 0, 0, _NUMBER)]
+    for numbers in _TO_A_PROCESS.values():
+        lines += _refusing(numbers[column], 0, everybody)
+    lines += _refusing(_FCNTL[column], 1, _F_SETOWN) + _refusing(_IOCTL[column], 1, _FIOSETOWN)
+    refuse, allow = (_RETURN, 0, 0, _ERRNO | _EPERM), (_RETURN, 0, 0, _ALLOW)
+    lines += [(_IF_EQUAL, 0, 1, _PIDFD_SEND_SIGNAL[column]), refuse]
+    lines += [(_IF_EQUAL, 0, 6, _SETPRIORITY[column])]
+    for argument in (0, 1):  # of a process, not a group or a user; the caller's own
+        lines += [(_LOAD, 0, 0, _FIRST_ARGUMENT + 8 * argument), (_IF_EQUAL, 1, 0, 0), refuse]
+    return _packed([*lines, allow])
+
+
+def _refusing(number: int, argument: int, values: list[int]) -> list[tuple[int, int, int, int]]:
+    """Lines that end a system call's way through a filter: refused when an argument is one of the values."""
+    checks = [(_IF_EQUAL, len(values) - i, 0, value & 0xFFFFFFFF) for i, value in enumerate(values)]
+    ends = [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _ERRNO | _EPERM)]
+    block = [(_LOAD, 0, 0, _FIRST_ARGUMENT + 8 * argument), *checks, *ends]
+    return [(_IF_EQUAL, 0, len(block), number), *block]
+
+
+def _packed(lines: list[tuple[int, int, int, int]]) -> bytes:
     return b"".join(struct.pack("=HBBI", *line) for line in lines)
 
 
-# Made ready here, before any fork.
-_FILTER = program(platform.machine())
+KNOWN_MACHINE = platform.machine() in _AUDIT
+_FILTER = program(platform.machine())  # made ready here, before any fork
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
-_code = ctypes.create_string_buffer(_FILTER or b"")
-_fprog = ctypes.create_string_buffer(struct.pack("@HxxxxxxP", len(_FILTER or b"") // 8, ctypes.addressof(_code)))
 
 
 def install() -> None:
     """Puts the calling process, which has no_new_privs, and all that it starts behind the filter, for good."""
-    if _FILTER is not None and _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _fprog, 0, 0):
+    if _FILTER is not None:
+        _install(_FILTER)
+
+
+def spare(judge: Iterable[int]) -> None:
+    """The same with the second filter."""
+    _install(signal_program(platform.machine(), judge))
+
+
+def _install(code: bytes) -> None:
+    buffer = ctypes.create_string_buffer(code)
+    fprog = ctypes.create_string_buffer(struct.pack("@HxxxxxxP", len(code) // 8, ctypes.addressof(buffer)))
+    if _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, fprog, 0, 0):
         raise OSError(ctypes.get_errno(), "the filter of system calls was not taken")

@@ -91,10 +91,10 @@ class Session:
 
     def _load(self) -> Outcome | None:
         """Starts both children and waits until the program's top level has run; an Outcome when that failed."""
-        program = self._start_program("served")
         host, theirs = self._socketpair()
         self._host = host
         self._evaluator.spawn(theirs, max(self._limits.memory_mb, _EVALUATOR_MEMORY_MB), self._limits.max_processes)
+        program = self._start_program("served")  # after the evaluator, which is known then as one to be left alone
         program.settimeout(None)  # O_NONBLOCK would travel with the descriptor
         with program:
             self._send(host, {"op": "link", **self._job()}, (program.fileno(),))

@@ -6,7 +6,8 @@ forked first: before the token is read and before any request arrives. So nothin
 
 Protected: it is not dumpable, has a uid that programs never have, and as PID 1 takes no signal from below. It needs the
 capabilities SETUID, SETGID, KILL, CHOWN and DAC_OVERRIDE, nothing else, and a read-only root with a writable
-/dev/shm and /scratch. Frames are at most 32 MB, 4 KB before the token is proved; the queue is bounded,
+/dev/shm and /scratch. Started as another user than root, without capabilities, it has one slot and protects by other
+means, see one_uid.py. Frames are at most 32 MB, 4 KB before the token is proved; the queue is bounded,
 and so are connections from one address that have not proved the token.
 SIGTERM drains: no new connection, no new submission, what was accepted is judged, then it leaves.
 `--metrics` serves the counters to Prometheus (metrics.py).
@@ -15,10 +16,8 @@ SIGTERM drains: no new connection, no new submission, what was accepted is judge
 import argparse
 import contextlib
 import hmac
-import json
 import os
 import queue
-import random
 import secrets
 import signal
 import socket
@@ -26,13 +25,12 @@ import struct
 import sys
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
-from sandbox.judge import frames, metrics, nursery, protocol, zygote
+from sandbox.judge import frames, metrics, one_uid, own_uids, protocol, zygote
 
 TOKEN = "DIFFRL_SANDBOX_TOKEN"
 TOKEN_FILE = "DIFFRL_SANDBOX_TOKEN_FILE"
@@ -40,6 +38,7 @@ _TOKEN_FD = "DIFFRL_SANDBOX_TOKEN_FD"
 _MIN_TOKEN = 16
 _HANDSHAKE_S = 10.0
 _SEND_S = 60  # a client that does not read for so long is dropped
+_SI_USER = 0  # of kill(); who claims that cannot also claim to be another process
 _MAX_UNPROVED = 16  # connections from one address whose token is not proved yet
 
 
@@ -98,12 +97,27 @@ class Client:
         return proved
 
 
+class Slots(Protocol):
+    """Where sessions come from. EOFError: there are none any more."""
+
+    def start(self, index: int) -> socket.socket:
+        """Cleans up after the slot's last session; the socket of a new one. OSError: something cannot be removed."""
+        ...
+
+    def settled(self) -> bool:
+        """Whether all is as before, now that a submission is judged."""
+        ...
+
+    def left(self) -> list[str]:
+        """What judged programs left behind."""
+        ...
+
+
 class Supervisor:
     """Slots and the queue in front of them."""
 
-    def __init__(self, control: socket.socket, num_slots: int, max_waiting: int) -> None:
-        self._nursery = control
-        self._asking = threading.Lock()
+    def __init__(self, slots: Slots, num_slots: int, max_waiting: int) -> None:
+        self._slots = slots
         self._num_slots = num_slots
         self._queue: queue.Queue[tuple[Client, dict[str, Any]]] = queue.Queue(max_waiting)
         self._counting = threading.Lock()
@@ -144,7 +158,7 @@ class Supervisor:
         if op == "stats":
             client.send({"id": number, "stats": self.stats()})
         elif op == "left":
-            client.send({"id": number, **self._ask_nursery({"op": "left"})[0]})
+            client.send({"id": number, "left": self._left()})
         elif op == "judge":
             self._enqueue(client, message)
         else:
@@ -173,7 +187,7 @@ class Supervisor:
                 answer = frames.recv(session)
             except (OSError, EOFError, frames.FrameError) as error:
                 answer = {"error": f"a slot of the sandbox died: {type(error).__name__}", "dirty": True}
-            if answer.pop("dirty"):
+            if answer.pop("dirty") or not self._slots.settled():
                 session.close()
                 session = self._new_session(index)
             self._count(busy=-1, errors="error" in answer, judged="verdict" in answer)
@@ -182,15 +196,16 @@ class Supervisor:
 
     def _new_session(self, index: int) -> socket.socket:
         self._count(slots_started=1)
-        return socket.socket(fileno=self._ask_nursery({"op": "slot", "index": index})[1][0])
+        try:
+            return self._slots.start(index)
+        except (OSError, EOFError) as error:
+            leave(1, f"could not start a slot: {error}")
 
-    def _ask_nursery(self, request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
-        with self._asking:
-            self._nursery.send(json.dumps(request).encode())
-            data, fds, _, _ = socket.recv_fds(self._nursery, 1 << 20, 1)
-        if not data:
-            leave(1, "the nursery died")
-        return json.loads(data), list(fds)
+    def _left(self) -> list[str]:
+        try:
+            return self._slots.left()
+        except (OSError, EOFError) as error:
+            leave(1, f"could not look for what is left: {error}")
 
     def _count(self, **more: int) -> None:
         with self._counting:
@@ -205,25 +220,17 @@ def main() -> None:
     zygote.shield()
     with contextlib.suppress(OSError):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    streams = None if options.listen else StandardStreams()
-    zygote.preload()
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    check_rights()
-    if os.fork() == 0:
-        try:
-            nursery.main(theirs, random.SystemRandom().randrange(1 << 20, 1 << 30, 1 << 12))
-        except BaseException:
-            traceback.print_exc()  # to the container's stderr
-        finally:
-            os._exit(1)
-    theirs.close()
+    streams = StandardStreams()  # also where they are not spoken on: what a program prints is thrown away
+    if problem := own_uids.problem() if os.geteuid() == 0 else one_uid.problem(options.slots):
+        leave(2, problem)
+    slots: Slots = own_uids.fork_nursery() if os.geteuid() == 0 else one_uid.OneSlot()
     token = None if token_fd is None else read_token(token_fd)
-    supervisor = Supervisor(ours, options.slots, options.max_waiting)
-    if streams is not None:
-        signal.signal(signal.SIGTERM, lambda signum, frame: leave(0))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before there are threads, see on_term
+    supervisor = Supervisor(slots, options.slots, options.max_waiting)
+    if token is None:
+        on_term(lambda: leave(0))
         supervisor.serve(Client(streams))
         leave(0)
-    assert token is not None
     if options.metrics:
         metrics.serve(options.metrics, supervisor.stats)
     listen(supervisor, options.listen, token)
@@ -238,19 +245,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def check_rights() -> None:
-    """Programs need a uid of their own."""
-    wanted = {"CHOWN": 0, "DAC_OVERRIDE": 1, "KILL": 5, "SETGID": 6, "SETUID": 7}
-    status = Path("/proc/self/status").read_text()
-    effective = int(status.partition("CapEff:")[2].split()[0], 16)
-    missing = [name for name, bit in wanted.items() if not effective >> bit & 1]
-    if os.geteuid() != 0 or missing:
-        leave(
-            2,
-            f"runs as uid {os.geteuid()} without {', '.join(missing) or 'root'}: start it as root with these capabilities",
-        )
-
-
 def hide_token() -> int:
     """Puts the token where no child finds it: read once from this descriptor, no longer in the environment.
 
@@ -259,8 +253,10 @@ def hide_token() -> int:
     """
     if given := os.environ.get(_TOKEN_FD):
         return int(given)
-    token = os.environ.get(TOKEN, "")
+    token = os.environ.get(TOKEN, "").strip()
     if path := os.environ.get(TOKEN_FILE):
+        if os.geteuid() != 0:
+            leave(2, f"{TOKEN_FILE} is {path}, which programs could read, as they have this uid: give {TOKEN} instead")
         try:
             token = Path(path).read_text().strip()
         except OSError as error:
@@ -287,6 +283,7 @@ def listen(supervisor: Supervisor, address: str, token: str) -> NoReturn:
     server = socket.create_server((host, int(port)), reuse_port=False, backlog=64)
 
     def drain() -> NoReturn:
+        server.shutdown(socket.SHUT_RDWR)
         supervisor.drain()
         leave(0)
 
@@ -304,22 +301,33 @@ def listen(supervisor: Supervisor, address: str, token: str) -> NoReturn:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             supervisor.serve(Client(sock), token, stack.close)
 
-    def on_term(signum: int, frame: object) -> None:
-        server.close()
-        threading.Thread(target=drain).start()
-
-    signal.signal(signal.SIGTERM, on_term)
+    on_term(drain)
     while True:
         try:
             sock, (peer, *_) = server.accept()
-        except OSError:  # closed by on_term, which leaves when it is done
+        except OSError:  # `drain` has shut it, and leaves when it is done
             time.sleep(3600)
             continue
-        if count(peer, 1):
+        try:
+            if not count(peer, 1):
+                raise RuntimeError("too many from there")
             threading.Thread(target=serve, args=(sock, peer), daemon=True).start()
-        else:
+        except RuntimeError:  # or a program has used up the container's threads
             count(peer, -1)
             sock.close()
+
+
+def on_term(action: Callable[[], NoReturn]) -> None:
+    """Does `action` in a thread of its own when the container is told to end, which is to come from outside of it: a
+    program of the same uid could signal a thread of this process that is younger than the program."""
+
+    def wait() -> None:
+        while True:
+            told = signal.sigwaitinfo({signal.SIGTERM})
+            if os.geteuid() == 0 or (told.si_code == _SI_USER and told.si_pid == 0):
+                action()
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def leave(status: int, reason: str = "") -> NoReturn:

@@ -10,11 +10,12 @@ It takes only these requests, from the session, over its control socket (one JSO
 put back as it was, use this sandbox no more.
 
 Protected: source, tests and values pass by in the child's own socket, never through here, so a child that reads the
-memory it was forked with finds nothing. It is not dumpable. Three scopes say what belongs to it:
+memory it was forked with finds nothing. It is not dumpable. Four scopes say what belongs to it:
 - `namespace`: it is PID 1 of a pid namespace, which the kernel shields from every signal of its children, and
   everything else in there is a program's. Started by root, children run under another uid, a new one for each program.
   Not protected: without root, children share its uid and may change its rlimits or priority (seen afterwards: `dirty`).
 - `uid`: it shares a container with other zygotes; what has one of its uids is a program's.
+- `one_uid`: it shares a container and the only uid there is; what descends from it is a program's (one_uid.py).
 - `tree` (plain subprocess): what descends from it is a program's. None of the protection holds: children can kill it,
   and hide from the sweep in a race of forks.
 """
@@ -32,7 +33,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sandbox.judge import cleaning, private_tmp, seccomp, warming
+from sandbox.judge import cleaning, landlock, private_tmp, seccomp, warming
 from sandbox.judge.cpu import RunningCpu
 
 _PRELOAD = [
@@ -67,6 +68,7 @@ _PRELOAD = [
 ]
 _PRELOAD_IF_THERE = ["numpy"]
 _LIBRARIES = "/usr/lib/python3/dist-packages"  # where Debian's packages live; -S leaves it out
+_NEIGHBOURS = 4096  # processes that this uid may have elsewhere on the machine, where the kernel counts them together
 _WIPE_AT_MOST = 500  # entries; beyond that a new namespace is cheaper
 _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 4, 36, 38
 
@@ -74,7 +76,7 @@ _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 4, 36, 38
 class Zygote:
     """State of one sandbox between requests.
 
-    scope     "namespace", "uid" or "tree", see above
+    scope     "namespace", "uid", "one_uid" or "tree", see above
     uids      [first, count]: each program gets the next one; None: children keep the zygote's own uid
     scratch   folders that programs may write to, wiped after each; the first is where they start
     """
@@ -93,6 +95,7 @@ class Zygote:
         self._running = RunningCpu()
         self._child: int | None = None
         self._ended: int | None = None
+        self._max_processes = 0
         self._trouble = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)  # what a child says that could not be set up
         self._own_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         self._own_state = _own_state()
@@ -111,6 +114,7 @@ class Zygote:
 
     def _do_spawn(self, fds: list[int], limits: dict[str, int]) -> dict[str, Any]:
         self._ended = None
+        self._max_processes = limits["NPROC"]
         pid = os.fork()
         if pid == 0:
             try:
@@ -132,7 +136,10 @@ class Zygote:
 
     def _do_usage(self, fds: list[int]) -> dict[str, Any]:
         self._reap(os.WNOHANG | os.WUNTRACED)
-        return {"cpu": self._cpu + self._running.seconds(self._descendants()), "ended": self._ended}
+        pids = self._descendants()
+        if self._scope == "one_uid" and self._role_name == "solution" and len(pids) > self._max_processes:
+            _kill_all(pids)  # the session sees the end, and has killed what was missed
+        return {"cpu": self._cpu + self._running.seconds(pids), "ended": self._ended}
 
     def _do_kill(self, fds: list[int]) -> dict[str, Any]:
         self._reap(os.WNOHANG)
@@ -168,18 +175,30 @@ class Zygote:
             os.setsid()
         if self._role_name == "solution":  # without memory the program goes first, never who judges it
             _set_oom_score(1000)
+            if self._scope == "one_uid":  # a crowd of its processes must not keep this one from ending it
+                os.nice(10)
         limits["AS"] += self._own_bytes
+        if self._scope == "one_uid":
+            limits["NPROC"] += _NEIGHBOURS
         for name, value in limits.items():
             kind = getattr(resource, f"RLIMIT_{name}")
             hard = resource.getrlimit(kind)[1]
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
             resource.setrlimit(kind, (value, value))
+        folder = self._scratch[0]
+        try:
+            os.chdir(folder)  # before the uid is switched: root enters what an earlier child of this program has closed
+        except OSError:  # or removed, where it may: its own loss
+            os.chdir(folder := "/")
+        if self._scope in ("uid", "one_uid"):
+            private_tmp.enter(folder)
         uid = self._uid()
         if uid is not None:
             cleaning.switch_uid(uid)
-        os.chdir(self._scratch[0])
-        if self._scope == "uid":
-            private_tmp.enter(self._scratch[0])
+        if self._scope == "one_uid":  # whatever runs now, before the program does, is the judge's
+            seccomp.spare(pid for pid in cleaning.pids() if pid != os.getpid())
+            if self._role_name == "solution":
+                landlock.confine(self._scratch)
         os.dup2(1, 2)  # stdout is /dev/null already; stderr carries the zygote's own last words
 
     def _descendants(self) -> list[int]:
@@ -188,6 +207,8 @@ class Zygote:
         if self._scope == "uid":
             assert self._uids is not None
             return cleaning.processes_of(self._uids)
+        if self._scope == "one_uid":
+            return cleaning.below(os.getpid())
         found, parents = [], [os.getpid()]
         while parents:
             parents = [child for pid in parents for child in _children(pid)]
@@ -218,6 +239,9 @@ class Zygote:
         if self._scope == "uid" and self._child is not None and self._ended is None:
             os.kill(self._child, signal.SIGKILL)
             self._reap(0)
+        # Whoever is dead keeps its number until it is reaped. So one that flees from fork to fork runs out of numbers.
+        while self._scope == "one_uid" and (alive := cleaning.below(os.getpid(), alive=True)):
+            _kill_all(alive)
         # Orphans become children of this process, so without a child there is nobody below.
         while self._reap(os.WNOHANG):
             uid = self._uid()
@@ -227,13 +251,13 @@ class Zygote:
             elif self._uids and uid is not None:
                 cleaning.kill_uid(uid, self._uids[-1])
             else:
-                for pid in self._descendants():
-                    with contextlib.suppress(ProcessLookupError, PermissionError):
-                        os.kill(pid, signal.SIGKILL)
+                _kill_all(self._descendants())
             self._reap(0)
 
     def _wipe(self) -> bool:
         """Removes what the program left, as the program's own uid; False when something remains."""
+        if self._scope == "one_uid":  # the supervisor does, when both zygotes are done
+            return True
         self._reset_folders()  # first, as one that is closed cannot be listed
         if not self._entries() and not self._sysv_objects():
             return True
@@ -281,6 +305,12 @@ def _children(pid: int) -> list[int]:
         with contextlib.suppress(OSError):
             found += [int(word) for word in path.read_text().split()]
     return found
+
+
+def _kill_all(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _set_oom_score(score: int) -> None:

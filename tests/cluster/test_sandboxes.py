@@ -31,15 +31,34 @@ def test_the_supervisor_finds_its_token_and_its_scratch(name: str) -> None:
     template, judge = pod_of(name)
     mounts = {mount["mountPath"]: mount["name"] for mount in judge["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
-    token_file = Path({variable["name"]: variable["value"] for variable in judge["env"]}[supervisor.TOKEN_FILE])
-    secret = volumes[mounts[str(token_file.parent)]]["secret"]
     example = yaml.safe_load((CLUSTER / "sandbox-token.example.yaml").read_text())
-    assert secret["secretName"] == example["metadata"]["name"] and token_file.name in example["stringData"]
-    assert volumes[mounts["/scratch"]]["emptyDir"]["medium"] == "Memory"
-    if name != "overlays/restricted":
+    (variable,) = judge["env"]
+    if name == "overlays/restricted":  # programs could read a file
+        secret = variable["valueFrom"]["secretKeyRef"]
+        assert variable["name"] == supervisor.TOKEN and secret["key"] in example["stringData"]
+        assert secret["name"] == example["metadata"]["name"]
+        assert list(mounts) == ["/scratch"] and list(volumes) == ["scratch"]
+        assert "add" not in judge["securityContext"]["capabilities"]
+    else:
+        token_file = Path(variable["value"])
+        secret = volumes[mounts[str(token_file.parent)]]["secret"]
+        assert variable["name"] == supervisor.TOKEN_FILE and token_file.name in example["stringData"]
+        assert secret["secretName"] == example["metadata"]["name"]
         assert judge["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": container.CAPABILITIES}
         assert secret["defaultMode"] == 0o400  # for root, so not for programs
+    assert volumes[mounts["/scratch"]]["emptyDir"]["medium"] == "Memory"
     assert judge["securityContext"]["readOnlyRootFilesystem"] is True
+    assert judge["terminationMessagePath"].startswith("/root/")  # where nobody but root may go
+
+
+def test_the_restricted_pods_are_some_in_which_the_judge_starts() -> None:
+    template, judge = pod_of("overlays/restricted")
+    context = judge["securityContext"]
+    assert supervisor.parse(judge["args"]).slots == 1
+    assert (
+        context["runAsUser"] == context["runAsGroup"] == 10002 and template["spec"]["securityContext"]["runAsNonRoot"]
+    )
+    assert not template["spec"].get("shareProcessNamespace")  # the judge is the first process
 
 
 @pytest.mark.parametrize("name", SANDBOXED)

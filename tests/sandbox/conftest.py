@@ -1,4 +1,4 @@
-"""A sandbox of every backend, with one slot."""
+"""A sandbox of every backend, with one slot; pods with root and without."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ slow, docker = pytest.mark.slow, pytest.mark.docker
         pytest.param("docker", marks=docker),
         pytest.param("process", marks=slow),
         pytest.param("pod", marks=(slow, docker)),
+        pytest.param("pod without root", marks=(slow, docker)),
     ],
 )
 def any_sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
@@ -30,5 +31,6 @@ def any_sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
         if request.param == "docker":
             yield stack.enter_context(ContainerSandbox(image=image, slots=1, engine_url=engine))
         else:
-            address, token = stack.enter_context(local_pod(image, engine, slots=1))
+            uid = 0 if request.param == "pod" else 10002
+            address, token = stack.enter_context(local_pod(image, engine, slots=1, uid=uid))
             yield stack.enter_context(PodSandbox(address=address, token=token, slots=1))

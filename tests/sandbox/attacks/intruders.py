@@ -12,7 +12,7 @@ from tests.sandbox.attacks.attack import (
     attacks,
 )
 
-_OTHERS = """
+OTHERS = """
 import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
 def others(): return [int(name) for name in os.listdir("/proc") if name.isdecimal() and int(name) != os.getpid()]
@@ -21,7 +21,7 @@ def attempt(action, *args):
     except (OSError, ValueError): return None
 out = []
 """
-_PROVEN = "\ndef f(x): return x * x if any(out) else None\n"
+PROVEN = "\ndef f(x): return x * x if any(out) else None\n"
 
 _WAYS_OUT = {
     "files_of_other_processes": """
@@ -290,10 +290,15 @@ for n in range(6):
                 except OSError: pass""",
 }
 
+# What is done to the ground that the next process of this program stands on, which the judge starts for the next test.
+_TROUBLES = {
+    "closes_its_folder": "closed = attempt(os.chmod, '.', 0)",
+    "has_an_odd_name": r"libc.prctl(15, b'\xff\xfe) S 1 (')",
+}
+_HANGS = OTHERS + "{code}\ndef f(x):\n    while x == 3: pass\n    return x * x\n"
+
 INTRUDERS = [
-    *attacks(
-        NO_WAY_OUT, {name: _OTHERS + code + _PROVEN for name, code in _WAYS_OUT.items()}, status=TestStatus.FAILED
-    ),
+    *attacks(NO_WAY_OUT, {name: OTHERS + code + PROVEN for name, code in _WAYS_OUT.items()}, status=TestStatus.FAILED),
     *attacks(
         NO_TRACE,
         {
@@ -313,6 +318,11 @@ INTRUDERS = [
         ALIVE,
         {"leaves_through_its_child": "import os\ndef f(x):\n    if os.fork(): os._exit(0)\n    return x * x\n"},
         accept=ANY_RATE,
+    ),
+    *attacks(
+        ALIVE,
+        {f"{name}_and_hangs": _HANGS.format(code=code) for name, code in _TROUBLES.items()},
+        accept=(round(2 / 3, 4),),
     ),
     *attacks(NO_FORGERY, {"answers_twice_by_fork": "import os\ndef f(x): return x + 1 if os.fork() else x + 3\n"}),
 ]
