@@ -48,7 +48,7 @@ quickstart-seeds: venv system
 	$(BIN)/python -m tests.benchmarks.quickstart_seeds
 
 bench-control-plane: venv system  # after make quickstart
-	$(BIN)/python -m tests.benchmarks.control_plane runs/quickstart/sft/model
+	$(BIN)/python -m tests.benchmarks.control_plane runs/quickstart/rl
 
 bench-judge: venv system
 	$(BIN)/python -m tests.benchmarks.judge

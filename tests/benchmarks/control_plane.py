@@ -1,19 +1,19 @@
 """`make bench-control-plane`: what the driver does for one group, with 1 to 512 rollout workers and 1 to 2,048 reward slots.
 
-The driver is the real one: Run, Collector, System, the pools, the driver's side of the learner. What it sends are Ray's
-calls, and what it gets are objects of Ray. Only who answers is a stub: a process for each role stands for all workers of
-it. A call is answered after a time drawn from what such calls took in a short real run of configs/quickstart.yaml, made
-first, with a group, verdicts or metrics of that run. Each rollout worker has the quickstart's six groups a step; there is a
-reference for two of them; and every reward slot is a reward worker of its own, the most that this can ask of a driver.
+The driver is the real one: Run, Collector, System, the pools, the driver's side of the learner. What it sends are calls of
+Ray, and what it gets are objects of Ray. Only who answers is a stub: one process that stands for all workers. It answers
+after a time drawn from those of a real run of configs/quickstart.yaml, with a group, verdicts or metrics of that run. A step
+has four groups for each rollout worker, of which it has three at a time; there is a reference for two of them; and every
+reward slot is a reward worker of its own, the most that this can ask of a driver.
 
-What is not there: hosts and a network between them, a connection to each worker (a case with four processes for each role
-shows what connections add), the start of workers, their losses, copies of the weights, checkpoints, evaluation. A stub
-does not make the second call of a reward worker wait for the first.
+The run keeps seconds of steps: a call's are their mean, by Little's law where calls overlap; a reference's, which no run
+keeps, are taken for as many as a group costs the learner. What is not there: hosts and a network between them, a connection
+to each worker, the start of workers, their losses, copies of the weights, checkpoints, evaluation. A stub does not make the
+second call of a reward worker wait for the first.
 """
 
 import argparse
 import asyncio
-import itertools
 import json
 import os
 import platform
@@ -26,7 +26,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -34,81 +35,59 @@ import ray
 import torch
 from ray.actor import ActorMethod
 
+import actors.learner
 import actors.pool
 import actors.system
-from actors.batcher import RolloutStats
 from actors.driver import Run
 from actors.learner import Learner
-from actors.learner_rank import LearnerRank
-from actors.pool import QUESTIONS, WorkerPool
+from actors.pool import QUESTIONS
 from actors.prepare import prepare
-from actors.reward import RewardWorker
 from actors.run_start import begin
 from actors.system import System, connect
 from actors.telemetry import Telemetry
-from actors.weights import export_buckets, sealed
-from diffrl.config import RLConfig
+from actors.weights import fill_bucket, sealed
+from diffrl.config import ModelConfig, RLConfig
 from diffrl.config_file import load_config
+from diffrl.data.sources import problems_of
+from diffrl.models.folders import load_state_dict
+from diffrl.models.loading import load_policy_tokenizer
 from diffrl.rollout_store import read_all, scored_groups
 from diffrl.types import ScoredGroup, UpdateResult
-from sandbox.pool import PoolStats
 
 RESULTS = Path(__file__).parent / "results"
-GROUPS = 6  # of a rollout worker in a step
+GROUPS = 4  # of a rollout worker in a step: of the three that it has at a time one is followed by another
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """Case(workers=512, slots=2048, stretch=16.0)"""
+    """Case(workers=512, slots=2048)"""
 
     workers: int
     slots: int
-    stretch: float = 1.0  # of all that was drawn
-    processes: int = 1  # of each role
-    steps: int = 1  # that are measured, behind one that is not
-
-    def __str__(self) -> str:
-        notes = [f"times x {self.stretch:g}"] * (self.stretch != 1) + [f"{self.processes} processes"] * (
-            self.processes > 1
-        )
-        return ", ".join([f"{self.workers}", *notes])
+    steps: int = 1
 
 
-SCALES = [
-    Case(workers=1, slots=1, steps=6),
-    Case(workers=8, slots=32, steps=4),
-    Case(workers=64, slots=256, steps=2),
+CASES = [
+    Case(workers=1, slots=1, steps=3),
+    Case(workers=8, slots=32, steps=2),
+    Case(workers=64, slots=256),
     Case(workers=256, slots=1024),
     Case(workers=512, slots=2048),
 ]
-BESIDE = [Case(workers=512, slots=2048, stretch=16.0), Case(workers=64, slots=256, processes=4)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
-    """Of a real run. Recording(seconds={"generate": [1.9, ...], ...}, groups=[ScoredGroup(...), ...], update={"loss/kl": ...})"""
+    """Of a real run. Recording(model=Path("runs/a/model"), seconds={"generate": [2.4, ...], ...}, groups=[ScoredGroup(...),
+    ...], update={"loss/kl": ...})"""
 
-    seconds: dict[str, list[float]]
+    model: Path
+    seconds: dict[str, list[float]]  # by method of a worker
     groups: list[ScoredGroup]
-    update: dict[str, float]
+    update: dict[str, float]  # metrics
 
 
-# The real run
-
-
-class Recorded(WorkerPool):
-    """Notes how long calls take, from when their worker could begin."""
-
-    seconds: ClassVar[dict[str, list[float]]] = defaultdict(list)
-
-    def note_life(self, worker: Any, ref: ray.ObjectRef, value: Any) -> None:
-        run = self.running.get(ref)
-        if run is not None and run.since is not None:
-            self.seconds[run.call.method].append(time.monotonic() - run.since)
-        super().note_life(worker, ref, value)
-
-
-def config_of(folder: str, model: str, *changes: str) -> RLConfig:
+def config_of(folder: str, model: Path, *changes: str) -> RLConfig:
     config = load_config(
         "configs/quickstart.yaml", [f"run_dir={folder}/run", f"model.path={model}", "report=null", *changes]
     )
@@ -116,73 +95,97 @@ def config_of(folder: str, model: str, *changes: str) -> RLConfig:
     return config
 
 
-def record(model: str, steps: int) -> Recording:
-    with tempfile.TemporaryDirectory() as folder, patch.object(actors.system, "WorkerPool", Recorded):
-        config = config_of(folder, model, f"train.steps={steps}", "sandbox.backend=process", "sync.every=null")
-        prepared, start = prepare(config), begin(config, None)
-        assert start is not None
-        with (
-            Learner(prepared.config, prepared.tokenizer, prepared.num_steps) as learner,
-            System(prepared.config, prepared.tokenizer) as system,
-            Telemetry(start.folder, prepared.num_steps) as telemetry,
-        ):
-            Run(prepared, start, system, learner, telemetry).train()
-        rows = [json.loads(line) for line in (start.folder / "metrics.jsonl").read_text().splitlines()]
-        table = read_all(start.folder / "rollouts")
-        groups = scored_groups(table, {p.id: p for p in prepared.problems}, prepared.tokenizer)
+def recording_of(run: Path, steps: int = 10) -> Recording:
+    """Of its last steps. A run keeps seconds of steps, not of calls: their means."""
+    config = load_config(run / "config.yaml")
+    assert isinstance(config, RLConfig)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-steps:]
+    table = read_all(run / "rollouts")
+    table = table.slice(len(table) - steps * config.train.prompts_per_step * config.method.group_size)
+    problems = {problem.id: problem for problem in problems_of(config.data)}
+    groups = scored_groups(table, problems, load_policy_tokenizer(ModelConfig(path=str(run / "model"))))
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        num_groups = config.train.prompts_per_step
+        num_tokens = num_groups * config.method.group_size * row["rollout/completion_tokens"]
+        sampling_s = num_tokens * config.rollout.num_workers / row["rollout/tokens_per_second"]  # of all workers
+        seconds["generate"].append(sampling_s * config.groups_in_flight / num_groups)
+        step_s = sum(value for key, value in row.items() if key.startswith("time/"))
+        busy_slots = sum(value for key, value in row.items() if key.endswith("/busy_slots"))
+        seconds["score"].append(busy_slots * step_s / num_groups / config.sandbox.slots)
+        seconds["logprobs"].append(row["time/learner"] / num_groups)
+        seconds["pull"].append(row["time/pull"])
+        seconds["update"].append(row["time/learner"])
     update = {key: value for key, value in rows[-1].items() if key.split("/")[0] in ("loss", "first", "optim")}
-    return Recording(
-        seconds={**Recorded.seconds, "update": [row["time/learner"] for row in rows]}, groups=groups, update=update
-    )
+    return Recording(model=run / "model", seconds=seconds, groups=groups, update=update)
 
 
 # The stubs
 
 
-class Times:
-    """Drawn from those of a recording."""
+class Stub:
+    """Many workers of all roles, and the learner's rank."""
 
-    def __init__(self, recording: Recording, stretch: float):
-        self.seconds = recording.seconds
-        self.stretch = stretch
+    def __init__(self, recording: Recording):
+        self.recording = recording
         self.random = random.Random(0)
+        self.version = 0
 
-    def draw(self, method: str) -> float:
-        return self.stretch * self.random.choice(self.seconds[method])
-
-
-class Workers:
-    """Many workers of one role."""
-
-    def __init__(self, recording: Recording, stretch: float, stats: RolloutStats | PoolStats):
-        self.groups = recording.groups
-        self.times = Times(recording, stretch)
-        self.state = stats
+    async def work(self, method: str) -> None:
+        await asyncio.sleep(self.random.choice(self.recording.seconds[method]))
 
     def like(self, ordinal: int) -> ScoredGroup:
-        return self.groups[ordinal % len(self.groups)]
+        return self.recording.groups[ordinal % len(self.recording.groups)]
 
     async def generate(self, problem: Any, ordinal: int, seeds: Any, params: Any, weights: Any, guarded: Any) -> Any:
-        await asyncio.sleep(self.times.draw("generate"))
+        await self.work("generate")
         return replace(self.like(ordinal).group, problem=problem, ordinal=ordinal, policy_version=weights.version)
 
     async def score(self, group: Any, previous: Any) -> Any:
-        await asyncio.sleep(self.times.draw("score"))
+        await self.work("score")
         return self.like(group.ordinal).judgements
 
     async def logprobs(self, batch: Any, weights: Any) -> torch.Tensor:
-        await asyncio.sleep(self.times.draw("logprobs"))
+        await self.work("logprobs")
         return torch.zeros(len(batch.views), *batch.completion_ids_BC.shape)
 
     async def pull(self, weights: Any) -> int:
-        await asyncio.sleep(self.times.draw("pull"))
+        await self.work("pull")
         return weights.version
 
-    async def stats(self) -> RolloutStats | PoolStats:
-        return self.state
+    async def stats(self) -> SimpleNamespace:
+        """Both those of a reward worker and those of a rollout worker."""
+        of_slots = {"errors": {}, "cpu_ms": 0.0, "restarts": 0, "busy_s": 0.0, "waited_s": 0.0}
+        return SimpleNamespace(num_passes=0, num_tokens_passed=0, num_useful_tokens=0, **of_slots)
 
     async def close(self) -> None:
         pass
+
+    async def rendezvous(self) -> tuple[str, int]:
+        return "127.0.0.1", 0
+
+    async def start(self, address: str, port: int) -> None:
+        self.version = 0
+
+    async def update(self, batch: Any) -> UpdateResult:
+        await self.work("update")
+        self.version += 1
+        return UpdateResult(version=self.version, metrics=self.recording.update)
+
+    async def identity(self) -> dict[str, Any]:
+        config = json.loads((self.recording.model / "config.json").read_text())
+        return {"version": self.version, "hf_config": config, "num_tokens": None}
+
+    @ray.method(num_returns="streaming")
+    async def export(self, part: Any) -> Any:
+        for piece in sealed([fill_bucket(load_state_dict(self.recording.model), 0)]):
+            yield piece
+
+
+def stub_of(recording: Recording) -> Any:
+    settings: Any = {"num_cpus": 0, "max_concurrency": 100_000, "concurrency_groups": {QUESTIONS: 1}}
+    remote: Any = ray.remote(**settings)(Stub)
+    return remote.remote(recording)
 
 
 def light(_actor: Any) -> float:
@@ -190,52 +193,13 @@ def light(_actor: Any) -> float:
     return 100.0
 
 
-def spawner_of(recording: Recording, case: Case) -> Callable[..., Callable[[], Any]]:
-    """In the place of `actors.system.spawner`."""
-    settings: Any = {"num_cpus": 0, "max_concurrency": 100_000, "concurrency_groups": {QUESTIONS: 1}}
-    shared = ray.put(recording)
-
-    def spawner(actor_class: type, options: Any, *args: Any, **kwargs: Any) -> Callable[[], Any]:
-        judge = PoolStats(
-            slots=1, busy=0, waiting=0, statuses={}, errors={}, cpu_ms=0, restarts=0, canaries=0, busy_s=0, waited_s=0
-        )
-        stats = judge if actor_class is RewardWorker else RolloutStats()
-        remote: Any = ray.remote(**settings)(Workers)
-        return itertools.cycle([remote.remote(shared, case.stretch, stats) for _ in range(case.processes)]).__next__
-
-    return spawner
-
-
-class StubRank(LearnerRank):
-    """Never changes its weights."""
-
-    def __init__(self, recording: Recording, stretch: float, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.times, self.metrics = Times(recording, stretch), recording.update
-
-    @ray.method
-    def start(self, address: str, port: int) -> None:
-        pass
-
-    @ray.method
-    def update(self, batch: Any) -> UpdateResult:
-        time.sleep(self.times.draw("update"))
-        self.version += 1
-        return UpdateResult(version=self.version, metrics=self.metrics)
-
-    @ray.method(num_returns="streaming")
-    def export(self, part: Any) -> Any:
-        yield from sealed(export_buckets(self.model, part))
-
-
 class StubLearner(Learner):
-    def __init__(self, recording: Recording, stretch: float, *args: Any):
-        self.stub = (recording, stretch)
+    def __init__(self, stub: Any, *args: Any):
+        self.stub = stub
         super().__init__(*args)
 
     def make_rank(self, number: int) -> Any:
-        remote: Any = ray.remote(StubRank).options(num_cpus=0)
-        return remote.remote(*self.stub, self.config, self.tokenizer, rank=number, total_steps=self.total_steps)
+        return self.stub
 
 
 # What is measured
@@ -280,25 +244,22 @@ class Meter:
         return Counter({**self.counts, **times})
 
 
-class Measured(Run):
-    """Its steps, and nothing after the last."""
+class Steps(Run):
+    """Nothing before the first of them, nothing after the last."""
 
-    def measure(self, meter: Meter) -> list[Counter[str]]:
-        marks = []
+    def train(self) -> None:
         for step in range(self.prepared.num_steps):
-            marks.append(meter.now())
             self.ask_ahead(step)
             self.step(step)
-        return [*marks, meter.now()]
 
 
-def simulate(model: str, recording: Recording, case: Case) -> dict[str, float]:
-    """Of one group, except `per_s`, groups a second, and `share`, of the time that the driver is busy."""
+def simulate(recording: Recording, stub: Any, case: Case) -> dict[str, float]:
+    """What the driver spent on a group."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         config = config_of(
             folder,
-            model,
-            f"train={{steps: {1 + case.steps}, prompts_per_step: {GROUPS * case.workers}}}",
+            recording.model,
+            f"train={{steps: {case.steps}, prompts_per_step: {GROUPS * case.workers}}}",
             f"rollout={{num_workers: {case.workers}, cpus_per_worker: 0, max_tokens_per_batch: 1024}}",
             f"judge={{num_workers: {case.slots}, cpus_per_worker: 0}}",
             f"reference={{num_workers: {max(1, case.workers // 2)}, cpus: 0}}",
@@ -306,25 +267,21 @@ def simulate(model: str, recording: Recording, case: Case) -> dict[str, float]:
             "sandbox={backend: process, slots: 1}",
             "sync.every=null",
         )
-        stack.enter_context(patch.object(actors.system, "spawner", spawner_of(recording, case)))
+        stack.enter_context(patch.object(actors.system, "spawner", lambda *args, **kwargs: lambda: stub))
+        for module in (actors.pool, actors.learner):  # the stub outlives the case
+            stack.enter_context(patch.object(module, "kill", lambda actor: None))
         stack.enter_context(patch.object(actors.system, "resident_mb", light))
         prepared, start = prepare(config), begin(config, None)
         assert start is not None
-        learner = stack.enter_context(
-            StubLearner(recording, case.stretch, prepared.config, prepared.tokenizer, prepared.num_steps)
-        )
+        learner = stack.enter_context(StubLearner(stub, prepared.config, prepared.tokenizer, prepared.num_steps))
         system = stack.enter_context(System(prepared.config, prepared.tokenizer))
         telemetry = stack.enter_context(Telemetry(start.folder, prepared.num_steps))
-        run = Measured(prepared, start, system, learner, telemetry)
+        run = Steps(prepared, start, system, learner, telemetry)
         with Meter() as meter:
-            marks = run.measure(meter)
-    num_groups = case.steps * GROUPS * case.workers
-    spent = {key: (marks[-1][key] - marks[1][key]) for key in marks[-1]}
-    return {
-        **{key: value / num_groups for key, value in spent.items()},
-        "per_s": num_groups / spent["wall"],
-        "share": spent["busy"] / spent["wall"],
-    }
+            before = meter.now()
+            run.train()
+            after = meter.now()
+    return {key: (after[key] - before[key]) / (case.steps * GROUPS * case.workers) for key in after}
 
 
 # What is told
@@ -332,26 +289,31 @@ def simulate(model: str, recording: Recording, case: Case) -> dict[str, float]:
 
 def row_of(case: Case, got: dict[str, float]) -> str:
     return (
-        f"| {case} | {case.slots:,} | {GROUPS * case.workers:,} | {got['calls']:.2f} | {got['gets']:.2f} "
+        f"| {case.workers} | {case.slots:,} | {GROUPS * case.workers:,} | {got['calls']:.2f} | {got['gets']:.2f} "
         f"| {got['puts']:.3f} | {got['waits'] + got['rests']:.2f} | {1000 * got['cpu']:.1f} | {1000 * got['loop']:.1f} "
-        f"| {1000 * got['busy']:.1f} | {got['per_s']:.1f} | {100 * got['share']:.0f}% |"
+        f"| {1000 * got['busy']:.1f} |"
     )
 
 
 def draw(measured: list[tuple[Case, dict[str, float]]], path: Path) -> None:
-    """Of one group, and groups a second, over the number of rollout workers."""
+    """Over the number of rollout workers."""
     panels: list[tuple[str, list[tuple[str, str, list[float]]]]] = [
         (
-            "driver, ms a group",
+            "CPU of the driver, ms a group",
             [
-                ("CPU, all threads", "#c33", [1000 * got["cpu"] for _, got in measured]),
-                ("outside waiting", "#36c", [1000 * got["busy"] for _, got in measured]),
+                ("all threads", "#c33", [1000 * got["cpu"] for _, got in measured]),
+                ("the loop", "#36c", [1000 * got["loop"] for _, got in measured]),
             ],
         ),
-        ("calls of Ray a group", [("", "#333", [got["calls"] for _, got in measured])]),
-        ("groups a second", [("", "#383", [got["per_s"] for _, got in measured])]),
+        (
+            "messages a group",
+            [
+                ("calls of actors", "#c33", [got["calls"] for _, got in measured]),
+                ("objects got", "#36c", [got["gets"] for _, got in measured]),
+            ],
+        ),
     ]
-    width, height, bottom, left = 300, 260, 210, 45
+    width, height, bottom, left = 400, 260, 210, 45
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width * len(panels)} {height}" font-family="sans-serif" '
         'font-size="11">',
@@ -375,17 +337,15 @@ def draw(measured: list[tuple[Case, dict[str, float]]], path: Path) -> None:
             )
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
             parts.append(f'<text x="{x0 + 120}" y="{bottom - 24 + 14 * row}" fill="{colour}">{name}</text>')
-    parts.append(f'<text x="{1.5 * width}" y="{height - 10}" text-anchor="middle">rollout workers</text>')
+    parts.append(f'<text x="{width * len(panels) / 2}" y="{height - 10}" text-anchor="middle">rollout workers</text>')
     path.write_text("\n".join([*parts, "</svg>\n"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="folder of a tuned model, as the quickstart's second last stage leaves it")
-    parser.add_argument("--steps", type=int, default=4, help="of the real run")
-    model = str(Path(parser.parse_args().model).resolve())
+    parser.add_argument("run", type=Path, help="folder of a run of configs/quickstart.yaml")
+    recording = recording_of(parser.parse_args().run.resolve())
     connect(None, 8.0, log_to_driver=False)
-    recording = record(model, parser.parse_args().steps)
     drawn = "; ".join(
         f"{method} {np.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
         for method, seconds in recording.seconds.items()
@@ -395,16 +355,18 @@ def main() -> None:
         f"drawn, medians (least to most): {drawn}",
         "",
         "| rollout workers | reward slots | groups a step | calls | gets | puts | waits | CPU of all threads, ms | CPU of the "
-        "loop, ms | outside waiting, ms | groups/s | driver busy |",
-        f"|{'---|' * 12}",
+        "loop, ms | outside waiting, ms |",
+        f"|{'---|' * 10}",
     ]
     print("\n".join(lines), flush=True)
+    stub = stub_of(recording)
+    simulate(recording, stub, CASES[0])  # whatever is done once
     measured = []
-    for case in (*SCALES, *BESIDE):
-        measured.append((case, simulate(model, recording, case)))
+    for case in CASES:
+        measured.append((case, simulate(recording, stub, case)))
         lines.append(row_of(*measured[-1]))
         print(lines[-1], flush=True)
-    draw(measured[: len(SCALES)], RESULTS / "control_plane.svg")
+    draw(measured, RESULTS / "control_plane.svg")
     ray.shutdown()
 
 
