@@ -350,22 +350,21 @@ def main() -> None:
         f"{method} {np.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
         for method, seconds in recording.seconds.items()
     )
-    lines = [
+    print(
         f"{platform.platform()}, {os.cpu_count()} CPUs, ray {version('ray')}, torch {torch.__version__}; seconds that were "
-        f"drawn, medians (least to most): {drawn}",
-        "",
-        "| rollout workers | reward slots | groups a step | calls | gets | puts | waits | CPU of all threads, ms | CPU of the "
-        "loop, ms | outside waiting, ms |",
-        f"|{'---|' * 10}",
-    ]
-    print("\n".join(lines), flush=True)
+        f"drawn, medians (least to most): {drawn}\n"
+    )
+    print(
+        "| rollout workers | reward slots | groups a step | calls | gets | puts | waits | CPU of all threads, ms ",
+        end="",
+    )
+    print(f"| CPU of the loop, ms | outside waiting, ms |\n|{'---|' * 10}", flush=True)
     stub = stub_of(recording)
     simulate(recording, stub, CASES[0])  # whatever is done once
     measured = []
     for case in CASES:
         measured.append((case, simulate(recording, stub, case)))
-        lines.append(row_of(*measured[-1]))
-        print(lines[-1], flush=True)
+        print(row_of(*measured[-1]), flush=True)
     draw(measured, RESULTS / "control_plane.svg")
     ray.shutdown()
 
