@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv system engine kustomize quickstart quickstart-seeds bench-judge bench-learner bench-sampler bench-sampler-frontier bench-staleness bench-supervised study-staleness test test-slow lint clean
+.PHONY: venv system engine kustomize quickstart quickstart-seeds bench-control-plane bench-judge bench-learner bench-sampler bench-sampler-frontier bench-staleness bench-supervised study-staleness test test-slow lint clean
 
 venv: $(STAMP)
 
@@ -46,6 +46,9 @@ quickstart: venv system
 
 quickstart-seeds: venv system
 	$(BIN)/python -m tests.benchmarks.quickstart_seeds
+
+bench-control-plane: venv system  # after make quickstart
+	$(BIN)/python -m tests.benchmarks.control_plane runs/quickstart/rl
 
 bench-judge: venv system
 	$(BIN)/python -m tests.benchmarks.judge

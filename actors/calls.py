@@ -1,6 +1,6 @@
 """Calls on their way to workers and back: the words that a pool of workers uses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -65,6 +65,7 @@ class Worker:
     ready: bool = False  # its constructor is through
     lost: bool = False
     place: Place | None = None  # once it is ready
+    runs: "dict[ray.ObjectRef, Running]" = field(default_factory=dict)  # in the order in which it got them
 
 
 @dataclass(eq=False, slots=True)

@@ -168,8 +168,9 @@ class Collector:
     def complete(self, ordinals: list[int]) -> list[int]:
         """Wait for these groups; further prompts take the places of problems that break their workers."""
         while True:
-            while not all(o in self.given_up or self.has(o) for o in ordinals):
-                self.advance()
+            for ordinal in ordinals:  # what is there stays there: none is looked at twice
+                while ordinal not in self.given_up and not self.has(ordinal):
+                    self.advance()
             lost = [ordinal for ordinal in ordinals if ordinal in self.given_up]
             if not lost:
                 return ordinals

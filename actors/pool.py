@@ -8,13 +8,18 @@ made again on another one. Three kinds of failure are told apart:
 - the problem's: a call that has cost a worker is a suspect and runs alone on the next one, so that what runs beside it is
   not blamed. After `problem_attempts` losses it is given up; what becomes of its problem is the caller's business.
 - the code's: what a method of the worker raises is raised here at once, with the worker's name, place and last words.
+
+What an event costs does not depend on the number of workers (`make bench-control-plane`): Ray rings when a call is ready.
+Nothing relies on that alone: every POLL_S all calls are looked at, for deadlines and for what has not rung.
 """
 
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import ray
@@ -31,6 +36,7 @@ from actors.calls import (
     WorkerRaisedError,
     WorkersKeepDyingError,
 )
+from actors.loads import Loads
 from actors.processes import account, cause_of_death, end_process, in_actor, introduce, one_line, place_of
 from actors.watchdog import ActorState, Watchdog
 from diffrl.config import SupervisionConfig
@@ -38,6 +44,9 @@ from diffrl.config import SupervisionConfig
 # Per worker that does one thing at a time: one running, one waiting, so that a worker never idles between calls.
 MAX_IN_FLIGHT = 2
 POLL_S = 1.0  # the longest wait without a look at deadlines
+BESIDE_S = 0.05  # the longest wait for others without a look at what has rung
+FETCH_S = 0.01  # the longest wait for a value on its way here from another node
+BELL = threading.Event()  # something has rung, in whatever pool
 QUESTIONS = "questions"  # Ray's concurrency group of a worker for what is asked beside its work
 ANSWER_S = 5.0
 CLOSE_S = 10.0  # a worker ends what it holds
@@ -73,6 +82,10 @@ class WorkerPool:
         self.waiting: deque[Call] = deque()
         self.running: dict[ray.ObjectRef, Running] = {}  # in the order in which they were handed out
         self.starting: dict[ray.ObjectRef, Worker] = {}  # by the call that answers when the constructor is through
+        self.rung: deque[ray.ObjectRef] = deque()  # to look at; a thread of Ray's appends
+        self.survey = False  # look at all
+        self.survey_at = 0.0
+        self.loads = Loads(in_flight)
         self.restart_at: dict[int, float] = {}  # slots without a worker
         self.outcomes: deque[Done | GivenUp] = deque()
         self.losses = 0  # in a row
@@ -138,33 +151,48 @@ class WorkerPool:
 
     def dispatch(self) -> None:
         """Hand out what can be, suspects first: each of them to a worker that has nothing else and gets nothing else."""
-        load = {slot: 0 for slot in range(len(self.slots)) if slot not in self.restart_at}
-        for run in self.running.values():
-            if not run.worker.lost:
-                load[run.worker.slot] += self.in_flight if run.call.losses else 1
-        calls = sorted(self.waiting, key=lambda call: call.losses == 0)
-        self.waiting.clear()
-        for call in calls:
-            slots = [s for s in load if s == call.only or (call.only is None and s != call.avoid)]
-            if not slots and call.avoid in load and len(self.slots) == 1:
-                slots = [call.avoid]
-            slot = min(slots, key=load.__getitem__, default=None)
-            if slot is None or load[slot] >= (1 if call.losses else self.in_flight):
-                self.waiting.append(call)
-                if slot is not None and call.losses:
-                    load[slot] = self.in_flight  # until it is idle
+        held: list[Call] = []
+        reserved: list[Worker] = []  # for suspects, until they are idle
+        while self.waiting and any(self.loads.with_room):
+            call = self.waiting.popleft()
+            worker = self.worker_for(call)
+            if worker is not None and not (call.losses and worker.runs):
+                self.hand_out(call, worker)
                 continue
-            load[slot] += self.in_flight if call.losses else 1
-            worker = self.slots[slot]
-            answer = getattr(worker.handle, call.method).remote(*call.args)
-            stream = answer if isinstance(answer, ray.ObjectRefGenerator) else None
-            self.running[answer if stream is None else stream.completed()] = Running(call, worker, stream)
-            self.begin(worker)
+            held.append(call)
+            if worker is not None:
+                reserved.append(worker)
+                self.loads.set(worker.slot, None)
+        self.waiting.extendleft(reversed(held))
+        for worker in reserved:
+            self.weigh(worker)
+
+    def worker_for(self, call: Call) -> Worker | None:
+        """The one with the least to do of those that have room and may get it."""
+        if call.only is not None:
+            slot = call.only if self.loads.has_room(call.only) else None
+        else:
+            alone = len(self.slots) == 1
+            slot = next((slot for slot in self.loads.least() if slot != call.avoid or alone), None)
+        return None if slot is None else self.slots[slot]
+
+    def hand_out(self, call: Call, worker: Worker) -> None:
+        answer = getattr(worker.handle, call.method).remote(*call.args)
+        stream = answer if isinstance(answer, ray.ObjectRefGenerator) else None
+        ref = answer if stream is None else stream.completed()
+        self.running[ref] = worker.runs[ref] = Running(call, worker, stream)
+        self.listen_for(ref)
+        self.weigh(worker)
+        self.begin(worker)
+
+    def weigh(self, worker: Worker) -> None:
+        """Note how much a worker has to do, one that takes calls."""
+        self.loads.set(worker.slot, sum(self.in_flight if run.call.losses else 1 for run in worker.runs.values()))
 
     def begin(self, worker: Worker) -> None:
         """Note the time for those calls of a worker that it can run by now."""
         if worker.ready:
-            for run in [run for run in self.running.values() if run.worker is worker][: self.concurrency]:
+            for run in islice(worker.runs.values(), self.concurrency):
                 run.since = run.since or time.monotonic()
 
     # What comes of it
@@ -175,6 +203,13 @@ class WorkerPool:
         for slot in [slot for slot, at in self.restart_at.items() if at <= now]:
             del self.restart_at[slot]
             self.slots[slot] = self.start(slot, replaces=True)
+        self.survey = now >= self.survey_at
+        if self.survey:
+            self.survey_at = now + POLL_S
+            self.find_late(now)
+        self.dispatch()
+
+    def find_late(self, now: float) -> None:
         for worker in list(self.starting.values()):
             if now - worker.since > self.config.start_s:
                 self.lose(worker, f"its constructor was not through within supervision.start_s {self.config.start_s:g}")
@@ -182,7 +217,6 @@ class WorkerPool:
             if not run.worker.lost and now > self.deadline(run):
                 key = DEADLINES.get(run.call.method, "generate_s")
                 self.lose(run.worker, f"{run.call.method} did not end within supervision.{key} {self.limit(run):g}")
-        self.dispatch()
 
     def limit(self, run: Running) -> float:
         return getattr(self.config, DEADLINES.get(run.call.method, "generate_s"))
@@ -192,10 +226,26 @@ class WorkerPool:
 
     def next_due(self) -> float:
         """When there is something to tend to, however little happens."""
-        starts = [worker.since + self.config.start_s for worker in self.starting.values()]
-        return min(
-            [*self.restart_at.values(), *starts, *map(self.deadline, self.running.values())], default=float("inf")
-        )
+        return min([self.survey_at, *self.restart_at.values()])
+
+    def listen_for(self, ref: ray.ObjectRef) -> None:
+        def ring(_error: BaseException | None) -> None:
+            self.rung.append(ref)
+            BELL.set()
+
+        ref._on_ready(ring)
+
+    def listen(self) -> None:
+        """Settle what is ready: of what has rung, or, in a survey, of everything."""
+        refs = [self.rung.popleft() for _ in range(len(self.rung))]
+        rung = [ref for ref in refs if ref in self.running or ref in self.starting]
+        refs = [*self.starting, *self.running] if self.survey else rung
+        if not refs:
+            return
+        ready = ray.wait(refs, num_returns=len(refs), timeout=0 if self.survey else FETCH_S)[0]
+        self.rung.extend(set(rung).difference(ready))  # their values are on the way here
+        for ref in ready:
+            self.settle(ref)
 
     def settle(self, ref: ray.ObjectRef) -> None:
         """Take in what a reference that is ready has brought."""
@@ -226,20 +276,26 @@ class WorkerPool:
             worker.ready, worker.place = True, place_of(worker.handle)
         else:
             run = self.running.pop(ref)
+            del worker.runs[ref]
             self.losses = 0
             if run.stream is not None:
                 value = list(run.stream)
             if not run.forgotten:
                 self.outcomes.append(Done(run.call, worker.slot, value, ref))
+            if not worker.lost:
+                self.weigh(worker)
         self.begin(worker)
 
     def lose(self, worker: Worker, reason: str, cause: Exception | None = None, *, blame: bool = True) -> None:
         """Give up a worker: its calls are queued again, those that were running as suspects, and a new one is started
         after a while. Raises WorkersKeepDyingError when that has happened too often."""
         worker.lost = True
+        self.loads.set(worker.slot, None)
         self.starting = {ref: other for ref, other in self.starting.items() if other is not worker}
-        refs = [ref for ref, run in self.running.items() if run.worker is worker and not has_value(ref)]
-        runs = [self.running.pop(ref) for ref in refs]
+        runs = []
+        for ref in [ref for ref in worker.runs if not has_value(ref)]:
+            runs.append(self.running.pop(ref))
+            del worker.runs[ref]
         story = self.account(worker, reason)  # before it is gone
         kill(worker.handle)
         if cause is None:  # it is late, and may be frozen
@@ -263,12 +319,16 @@ class WorkerPool:
                 self.outcomes.append(GivenUp(call, one_line(" ".join([told[0], *told[1:][-1:]]), 600)))
             else:
                 self.waiting.appendleft(call)
+        self.waiting = deque(sorted(self.waiting, key=lambda call: call.losses == 0))
 
     # Workers
 
     def start(self, slot: int, *, replaces: bool) -> Worker:
         worker = Worker(self.make_worker(), slot, time.monotonic(), replaces)
-        self.starting[in_actor(worker.handle, introduce)] = worker
+        ref = in_actor(worker.handle, introduce)
+        self.starting[ref] = worker
+        self.listen_for(ref)
+        self.weigh(worker)
         if replaces:
             self.restarted_at.append(worker.since)
         return worker
@@ -281,7 +341,7 @@ class WorkerPool:
     def renew(self, slot: int) -> None:
         """Replace a healthy worker that has no call."""
         old = self.slots[slot]
-        assert slot not in self.restart_at and not any(run.worker is old for run in self.running.values())
+        assert slot not in self.restart_at and not old.runs
         if hasattr(old.handle, "close"):
             ray.wait([old.handle.close.remote()], timeout=CLOSE_S)
         self.starting = {ref: other for ref, other in self.starting.items() if other is not old}
@@ -300,7 +360,6 @@ class WorkerPool:
     def states(self) -> list[ActorState]:
         """For a report; another thread may ask."""
         now = time.monotonic()
-        runs = list(self.running.values())
         return [
             ActorState(
                 role=self.role,
@@ -309,8 +368,7 @@ class WorkerPool:
                 ready=worker.ready and not worker.lost,
                 calls=tuple(
                     {"method": run.call.method, "ordinal": run.call.key, "seconds": run.since and now - run.since}
-                    for run in runs
-                    if run.worker is worker
+                    for run in list(worker.runs.values())
                 ),
                 waiting=len(self.waiting),
             )
@@ -338,17 +396,17 @@ def wait_for(pools: Sequence[WorkerPool], beside: "Sequence[ray.ObjectRef]" = ()
         if pool.watchdog is not None:
             pool.watchdog.check()
         pool.tend()
-    refs = {ref: pool for pool in pools for ref in (*pool.starting, *pool.running)}
-    due = min((pool.next_due() for pool in pools), default=float("inf")) - time.monotonic()
-    timeout = max(0.0, min(POLL_S, due))
-    if not refs and not beside:
-        time.sleep(timeout)
-        return []
-    ready = ray.wait([*beside, *refs], num_returns=1, timeout=timeout)[0]
-    for ref in ready:
-        if ref in refs:
-            refs[ref].settle(ref)
-    return [ref for ref in ready if ref not in refs]
+    BELL.clear()
+    if not any(pool.rung for pool in pools):
+        due = min((pool.next_due() for pool in pools), default=float("inf")) - time.monotonic()
+        timeout = max(0.0, min(POLL_S, due))
+        if beside:
+            ray.wait(list(beside), num_returns=1, timeout=min(BESIDE_S, timeout))
+        else:
+            BELL.wait(timeout)
+    for pool in pools:
+        pool.listen()
+    return ray.wait(list(beside), num_returns=len(beside), timeout=0)[0] if beside else []
 
 
 def next_outcome(pools: Sequence[WorkerPool]) -> tuple[WorkerPool, Done | GivenUp] | None:

@@ -200,6 +200,17 @@ def test_a_group_that_breaks_the_reference_leaves_the_pipeline(ray_cluster):
             pool.close()
 
 
+def test_what_does_not_ring_is_found(ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(WorkerPool, "listen_for", lambda pool, ref: None)
+    pool = squares(tmp_path, 2)
+    try:
+        pool.wait_ready()
+        assert outcomes_of(pool, "work", range(6)) == {value: value**2 for value in range(6)}
+        assert pool.num_restarts == 0
+    finally:
+        pool.close()
+
+
 # Memory
 
 
