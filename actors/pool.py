@@ -8,6 +8,8 @@ made again on another one. Three kinds of failure are told apart:
 - the problem's: a call that has cost a worker is a suspect and runs alone on the next one, so that what runs beside it is
   not blamed. After `problem_attempts` losses it is given up; what becomes of its problem is the caller's business.
 - the code's: what a method of the worker raises is raised here at once, with the worker's name, place and last words.
+
+A worker for which no node has room is no failure: its calls go to the others until it has a place.
 """
 
 import sys
@@ -34,12 +36,14 @@ from actors.calls import (
 from actors.processes import account, cause_of_death, in_actor, introduce, one_line, place_of
 from actors.watchdog import ActorState, Watchdog
 from diffrl.config import SupervisionConfig
+from diffrl.errors import RunStoppedError
 
 # Per worker that does one thing at a time: one running, one waiting, so that a worker never idles between calls.
 MAX_IN_FLIGHT = 2
 POLL_S = 1.0  # the longest wait without a look at deadlines
 QUESTIONS = "questions"  # Ray's concurrency group of a worker for what is asked beside its work
 ANSWER_S = 5.0
+PLACE_S = 30.0  # from the start of a worker to when the others no longer count on it, if it has no process by then
 CLOSE_S = 10.0  # a worker ends what it holds
 
 
@@ -74,6 +78,7 @@ class WorkerPool:
         self.running: dict[ray.ObjectRef, Running] = {}  # in the order in which they were handed out
         self.starting: dict[ray.ObjectRef, Worker] = {}  # by the call that answers when the constructor is through
         self.restart_at: dict[int, float] = {}  # slots without a worker
+        self.look_at = 0.0  # for places
         self.outcomes: deque[Done | GivenUp] = deque()
         self.losses = 0  # in a row
         self.num_restarts = 0  # those to come too
@@ -87,6 +92,11 @@ class WorkerPool:
     @property
     def busy(self) -> bool:
         return bool(self.running or self.waiting or self.outcomes)
+
+    @property
+    def is_placing(self) -> bool:
+        """Whether a worker needs a place that it may not have got yet."""
+        return bool(self.restart_at) or any(worker.waits is not False for worker in self.starting.values())
 
     # Work
 
@@ -108,9 +118,12 @@ class WorkerPool:
         return self.finished()[0].value
 
     def broadcast(self, method: str, *args: Any) -> list[Any]:
-        """Call every worker once, all at the same time. For when no other work is under way."""
+        """Call every worker that is there once, all at the same time, and wait for one if none is. For when no other work is
+        under way."""
         assert not self.busy
-        self.waiting.extend(Call(None, method, args, only=slot) for slot in range(len(self.slots)))
+        while self.slots and not any(worker.works for worker in self.slots):
+            wait_for([self])
+        self.waiting.extend(Call(None, method, args, only=worker.slot) for worker in self.slots if worker.works)
         return [done.value for done in sorted(self.finished(), key=lambda done: done.slot)]
 
     def inquire(self, method: str, *args: Any) -> list[Any]:
@@ -118,7 +131,7 @@ class WorkerPool:
         asked = {
             getattr(worker.handle, method).options(concurrency_group=QUESTIONS).remote(*args): worker.slot
             for worker in self.slots
-            if worker.ready and not worker.lost
+            if worker.works
         }
         answers: list[Any] = [None] * len(self.slots)
         for ref in ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)[0] if asked else []:
@@ -138,7 +151,7 @@ class WorkerPool:
 
     def dispatch(self) -> None:
         """Hand out what can be, suspects first: each of them to a worker that has nothing else and gets nothing else."""
-        load = {slot: 0 for slot in range(len(self.slots)) if slot not in self.restart_at}
+        load = {worker.slot: 0 for worker in self.slots if worker.works}
         for run in self.running.values():
             if not run.worker.lost:
                 load[run.worker.slot] += self.in_flight if run.call.losses else 1
@@ -146,7 +159,7 @@ class WorkerPool:
         self.waiting.clear()
         for call in calls:
             slots = [s for s in load if s == call.only or (call.only is None and s != call.avoid)]
-            if not slots and call.avoid in load and len(self.slots) == 1:
+            if not slots and call.avoid in load and all(w.waits for w in self.slots if w.slot != call.avoid):
                 slots = [call.avoid]
             slot = min(slots, key=load.__getitem__, default=None)
             if slot is None or load[slot] >= (1 if call.losses else self.in_flight):
@@ -163,9 +176,8 @@ class WorkerPool:
 
     def begin(self, worker: Worker) -> None:
         """Note the time for those calls of a worker that it can run by now."""
-        if worker.ready:
-            for run in [run for run in self.running.values() if run.worker is worker][: self.concurrency]:
-                run.since = run.since or time.monotonic()
+        for run in [run for run in self.running.values() if run.worker is worker][: self.concurrency]:
+            run.since = run.since or time.monotonic()
 
     # What comes of it
 
@@ -175,14 +187,41 @@ class WorkerPool:
         for slot in [slot for slot, at in self.restart_at.items() if at <= now]:
             del self.restart_at[slot]
             self.slots[slot] = self.start(slot, replaces=True)
+        self.look_for_places(now)
         for worker in list(self.starting.values()):
-            if now - worker.since > self.config.start_s:
+            if worker.waits is False and now - worker.since > self.config.start_s:
                 self.lose(worker, f"its constructor was not through within supervision.start_s {self.config.start_s:g}")
         for run in list(self.running.values()):
             if not run.worker.lost and now > self.deadline(run):
                 key = DEADLINES.get(run.call.method, "generate_s")
                 self.lose(run.worker, f"{run.call.method} did not end within supervision.{key} {self.limit(run):g}")
         self.dispatch()
+
+    def look_for_places(self, now: float) -> None:
+        """Which of the workers that start have a process by now; its constructor's time counts from then."""
+        if now < self.look_at:
+            return
+        self.look_at = now + POLL_S
+        for worker in self.starting.values():
+            if worker.waits is not False and now - worker.since > POLL_S:
+                if place_of(worker.handle).pid is not None:
+                    worker.waits, worker.since = False, now
+                elif now - worker.since > PLACE_S:
+                    worker.waits = True
+        self.require_a_place()
+
+    def is_overdue(self, worker: Worker) -> bool:
+        """Whether it has waited for a place for so long that nobody waits for it."""
+        return bool(worker.waits) and time.monotonic() - worker.since > self.config.start_s
+
+    def require_a_place(self) -> None:
+        """RunStoppedError when none of the workers has found one in time."""
+        if self.slots and all(map(self.is_overdue, self.slots)):
+            raise RunStoppedError(
+                f"supervision.start_s: in {self.config.start_s:g} seconds no {self.role} worker has found a place in the "
+                f"cluster, all {len(self.slots)} wait; add nodes, end what else runs there, or ask for less, and go on with "
+                "--resume auto"
+            )
 
     def limit(self, run: Running) -> float:
         return getattr(self.config, DEADLINES.get(run.call.method, "generate_s"))
@@ -192,7 +231,7 @@ class WorkerPool:
 
     def next_due(self) -> float:
         """When there is something to tend to, however little happens."""
-        starts = [worker.since + self.config.start_s for worker in self.starting.values()]
+        starts = [worker.since + self.config.start_s for worker in self.starting.values() if worker.waits is False]
         return min(
             [*self.restart_at.values(), *starts, *map(self.deadline, self.running.values())], default=float("inf")
         )
@@ -223,7 +262,7 @@ class WorkerPool:
         if self.watchdog is not None:
             self.watchdog.progress()
         if self.starting.pop(ref, None) is not None:
-            worker.ready, worker.place = True, place_of(worker.handle)
+            worker.ready, worker.waits, worker.place = True, False, place_of(worker.handle)
         else:
             run = self.running.pop(ref)
             self.losses = 0
@@ -249,9 +288,9 @@ class WorkerPool:
         self.num_restarts += 1
         rounds = 1 + (self.losses - 1) // len(self.slots)
         self.restart_at[worker.slot] = time.monotonic() + self.config.delay_s(rounds)
-        could_run = runs[: self.concurrency] if blame and worker.ready else []
+        could_run = runs[: self.concurrency] if blame else []
         for run in reversed(runs):
-            call = run.call
+            call = replace(run.call, only=None)  # its worker may have no successor
             if run in could_run and call.key is not None:
                 call = replace(call, losses=call.losses + 1)
             if run.forgotten:
@@ -272,9 +311,11 @@ class WorkerPool:
         return worker
 
     def wait_ready(self) -> None:
-        """Until every worker's constructor has run; what one of them raised is raised here."""
-        while self.starting or self.restart_at:
+        """Until every worker's constructor has run; what one of them raised is raised here. One that has no place within
+        supervision.start_s comes later."""
+        while not all(worker.works or self.is_overdue(worker) for worker in self.slots):
             wait_for([self])
+        self.require_a_place()
 
     def renew(self, slot: int) -> None:
         """Replace a healthy worker that has no call."""
