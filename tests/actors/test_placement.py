@@ -404,8 +404,8 @@ def test_reward_workers_and_their_nodes_follow_the_backlog():
     *events, done = happened("elastic")
     seen = {event.get("event"): event for event in events}
     assert seen["begin"]["judge_nodes"] == 1 and seen["begin"]["rollout_nodes"] == 2
-    assert seen["burst"]["judge_nodes"] == 3 and seen["burst"]["judge_workers"] == 6
-    assert seen["all that there can be"]["judge_workers"] == 6  # of nine
+    assert seen["burst"]["judge_nodes"] == 2 and seen["burst"]["judge_workers"] == 4
+    assert seen["all that there can be"]["judge_workers"] == 4  # of five
     assert seen["workers left"]["judge_workers"] == 1 == seen["nodes left"]["judge_nodes"]
     assert seen[None]["rollout_nodes_stayed"] and seen["nodes left"]["losses"] == 0
     assert seen["node lost"]["rollout_workers"] == 1 and seen["sampled"]["losses"] == 1
