@@ -60,12 +60,17 @@ class GivenUp:
 class Worker:
     handle: Any
     slot: int
-    since: float  # when it was started
-    replaces: bool  # another one that was lost
+    since: float  # when it was started, or got a place for which it had waited
+    replaces: bool  # another one that was lost, or joins those that the run began with
     ready: bool = False  # its constructor is through
+    waits: bool | None = None  # for a place, and a process there; None: not known yet
     lost: bool = False
     place: Place | None = None  # once it is ready
     runs: "dict[ray.ObjectRef, Running]" = field(default_factory=dict)  # in the order in which it got them
+
+    @property
+    def works(self) -> bool:
+        return self.ready and not self.lost
 
 
 @dataclass(eq=False, slots=True)
@@ -73,5 +78,5 @@ class Running:
     call: Call
     worker: Worker
     stream: ray.ObjectRefGenerator | None  # of a method that is a generator
-    since: float | None = None  # when it could begin; None: it waits for the worker, or behind another call
+    since: float | None = None  # when it could begin; None: it waits behind another call
     forgotten: bool = False  # nobody wants the result

@@ -23,7 +23,7 @@ from actors.dry_run import dry_run
 from actors.evaluate_folder import evaluate_folder
 from actors.placement import ask_of_evaluation, check_cluster, check_labels
 from actors.prepare import check_gpus, check_shares, choose_sandbox, said_in_a_line
-from actors.system import connect, num_cpus_needed
+from actors.system import connect, num_cpus_needed, num_cpus_used
 from diffrl.config import AnyConfig, ModelConfig, RLConfig
 from diffrl.config_file import dump_config
 from diffrl.data.sources import problems_of
@@ -274,7 +274,7 @@ class PipelineRun:
         """Be in the cluster in which all that runs runs: one that was given, or one of this machine with slots enough for
         whoever asks for most."""
         evaluation = self.config.evaluation
-        asked = [num_cpus_needed(config) for config in self.pipeline.stages.values()]
+        asked = [num_cpus_used(config) for config in self.pipeline.stages.values()]
         asked += [evaluation.num_workers * evaluation.cpus_per_worker] if evaluation else []
         self.owns_ray |= connect(self.config.ray.address, max(asked), log_to_driver=False)
 

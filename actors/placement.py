@@ -316,12 +316,14 @@ def make_room(asks: Sequence[Ask], start_s: float, key: str = "supervision.start
 
 def group_of(asks: Sequence[Ask]) -> PlacementGroup:
     """All that is asked, as one."""
+    bundles, selectors = bundles_of(asks)
+    return placement_group(bundles, strategy="PACK", bundle_label_selector=selectors)
+
+
+def bundles_of(asks: Sequence[Ask]) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
+    """In Ray's words, with the labels of each."""
     each_once = [each for each in asks for _ in range(each.num_bundles)]
-    return placement_group(
-        [each.bundle or {"CPU": MIN_CPUS} for each in each_once],
-        strategy="PACK",
-        bundle_label_selector=[dict(each.labels) for each in each_once],
-    )
+    return [each.bundle or {"CPU": MIN_CPUS} for each in each_once], [dict(each.labels) for each in each_once]
 
 
 # Files that all nodes see

@@ -9,6 +9,8 @@ made again on another one. Three kinds of failure are told apart:
   not blamed. After `problem_attempts` losses it is given up; what becomes of its problem is the caller's business.
 - the code's: what a method of the worker raises is raised here at once, with the worker's name, place and last words.
 
+A worker for which no node has room is no failure: its calls go to the others until it has a place.
+
 What an event costs does not depend on the number of workers (`make bench-control-plane`): Ray rings when a call is ready.
 Nothing relies on that alone: every POLL_S all calls are looked at, for deadlines and for what has not rung.
 """
@@ -40,6 +42,7 @@ from actors.loads import Loads
 from actors.processes import account, cause_of_death, end_process, in_actor, introduce, one_line, place_of
 from actors.watchdog import ActorState, Watchdog
 from diffrl.config import SupervisionConfig
+from diffrl.errors import RunStoppedError
 
 # Per worker that does one thing at a time: one running, one waiting, so that a worker never idles between calls.
 MAX_IN_FLIGHT = 2
@@ -49,6 +52,7 @@ FETCH_S = 0.01  # the longest wait for a value on its way here from another node
 BELL = threading.Event()  # something has rung, in whatever pool
 QUESTIONS = "questions"  # Ray's concurrency group of a worker for what is asked beside its work
 ANSWER_S = 5.0
+PLACE_S = 30.0  # from the start of a worker to when the others no longer count on it, if it has no process by then
 CLOSE_S = 10.0  # a worker ends what it holds
 
 
@@ -101,6 +105,11 @@ class WorkerPool:
     def busy(self) -> bool:
         return bool(self.running or self.waiting or self.outcomes)
 
+    @property
+    def is_placing(self) -> bool:
+        """Whether a worker needs a place that it may not have got yet."""
+        return bool(self.restart_at) or any(worker.waits is not False for worker in self.starting.values())
+
     # Work
 
     def submit(self, key: int | None, method: str, *args: Any, avoid: int | None = None) -> None:
@@ -121,9 +130,12 @@ class WorkerPool:
         return self.finished()[0].value
 
     def broadcast(self, method: str, *args: Any) -> list[Any]:
-        """Call every worker once, all at the same time. For when no other work is under way."""
+        """Call every worker that is there once, all at the same time, and wait for one if none is. For when no other work is
+        under way."""
         assert not self.busy
-        self.waiting.extend(Call(None, method, args, only=slot) for slot in range(len(self.slots)))
+        while self.slots and not any(worker.works for worker in self.slots):
+            wait_for([self])
+        self.waiting.extend(Call(None, method, args, only=worker.slot) for worker in self.slots if worker.works)
         return [done.value for done in sorted(self.finished(), key=lambda done: done.slot)]
 
     def inquire(self, method: str, *args: Any) -> list[Any]:
@@ -131,7 +143,7 @@ class WorkerPool:
         asked = {
             getattr(worker.handle, method).options(concurrency_group=QUESTIONS).remote(*args): worker.slot
             for worker in self.slots
-            if worker.ready and not worker.lost
+            if worker.works
         }
         answers: list[Any] = [None] * len(self.slots)
         for ref in ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)[0] if asked else []:
@@ -172,8 +184,10 @@ class WorkerPool:
         if call.only is not None:
             slot = call.only if self.loads.has_room(call.only) else None
         else:
-            alone = len(self.slots) == 1
-            slot = next((slot for slot in self.loads.least() if slot != call.avoid or alone), None)
+            slot = next((slot for slot in self.loads.least() if slot != call.avoid), None)
+            if slot is None and call.avoid is not None and self.loads.has_room(call.avoid):
+                others_wait = all(worker.waits for worker in self.slots if worker.slot != call.avoid)
+                slot = call.avoid if others_wait else None
         return None if slot is None else self.slots[slot]
 
     def hand_out(self, call: Call, worker: Worker) -> None:
@@ -186,14 +200,14 @@ class WorkerPool:
         self.begin(worker)
 
     def weigh(self, worker: Worker) -> None:
-        """Note how much a worker has to do, one that takes calls."""
-        self.loads.set(worker.slot, sum(self.in_flight if run.call.losses else 1 for run in worker.runs.values()))
+        """Note how much a worker has to do; only one that works takes calls."""
+        load = sum(self.in_flight if run.call.losses else 1 for run in worker.runs.values())
+        self.loads.set(worker.slot, load if worker.works else None)
 
     def begin(self, worker: Worker) -> None:
         """Note the time for those calls of a worker that it can run by now."""
-        if worker.ready:
-            for run in islice(worker.runs.values(), self.concurrency):
-                run.since = run.since or time.monotonic()
+        for run in islice(worker.runs.values(), self.concurrency):
+            run.since = run.since or time.monotonic()
 
     # What comes of it
 
@@ -206,17 +220,41 @@ class WorkerPool:
         self.survey = now >= self.survey_at
         if self.survey:
             self.survey_at = now + POLL_S
+            self.look_for_places(now)
             self.find_late(now)
         self.dispatch()
 
     def find_late(self, now: float) -> None:
         for worker in list(self.starting.values()):
-            if now - worker.since > self.config.start_s:
+            if worker.waits is False and now - worker.since > self.config.start_s:
                 self.lose(worker, f"its constructor was not through within supervision.start_s {self.config.start_s:g}")
         for run in list(self.running.values()):
             if not run.worker.lost and now > self.deadline(run):
                 key = DEADLINES.get(run.call.method, "generate_s")
                 self.lose(run.worker, f"{run.call.method} did not end within supervision.{key} {self.limit(run):g}")
+
+    def look_for_places(self, now: float) -> None:
+        """Which of the workers that start have a process by now; its constructor's time counts from then."""
+        for worker in self.starting.values():
+            if worker.waits is not False and now - worker.since > POLL_S:
+                if place_of(worker.handle).pid is not None:
+                    worker.waits, worker.since = False, now
+                elif now - worker.since > PLACE_S:
+                    worker.waits = True
+        self.require_a_place()
+
+    def is_overdue(self, worker: Worker) -> bool:
+        """Whether it has waited for a place for so long that nobody waits for it."""
+        return bool(worker.waits) and time.monotonic() - worker.since > self.config.start_s
+
+    def require_a_place(self) -> None:
+        """RunStoppedError when none of the workers has found one in time."""
+        if self.slots and all(map(self.is_overdue, self.slots)):
+            raise RunStoppedError(
+                f"supervision.start_s: in {self.config.start_s:g} seconds no {self.role} worker has found a place in the "
+                f"cluster, all {len(self.slots)} wait; add nodes, end what else runs there, or ask for less, and go on with "
+                "--resume auto"
+            )
 
     def limit(self, run: Running) -> float:
         return getattr(self.config, DEADLINES.get(run.call.method, "generate_s"))
@@ -273,7 +311,7 @@ class WorkerPool:
         if self.watchdog is not None:
             self.watchdog.progress()
         if self.starting.pop(ref, None) is not None:
-            worker.ready, worker.place = True, place_of(worker.handle)
+            worker.ready, worker.waits, worker.place = True, False, place_of(worker.handle)
         else:
             run = self.running.pop(ref)
             del worker.runs[ref]
@@ -282,8 +320,8 @@ class WorkerPool:
                 value = list(run.stream)
             if not run.forgotten:
                 self.outcomes.append(Done(run.call, worker.slot, value, ref))
-            if not worker.lost:
-                self.weigh(worker)
+        if not worker.lost:  # else its slot is another one's
+            self.weigh(worker)
         self.begin(worker)
 
     def lose(self, worker: Worker, reason: str, cause: Exception | None = None, *, blame: bool = True) -> None:
@@ -307,9 +345,9 @@ class WorkerPool:
         self.num_restarts += 1
         rounds = 1 + (self.losses - 1) // len(self.slots)
         self.restart_at[worker.slot] = time.monotonic() + self.config.delay_s(rounds)
-        could_run = runs[: self.concurrency] if blame and worker.ready else []
+        could_run = runs[: self.concurrency] if blame else []
         for run in reversed(runs):
-            call = run.call
+            call = replace(run.call, only=None)  # its worker may have no successor
             if run in could_run and call.key is not None:
                 call = replace(call, losses=call.losses + 1)
             if run.forgotten:
@@ -334,9 +372,11 @@ class WorkerPool:
         return worker
 
     def wait_ready(self) -> None:
-        """Until every worker's constructor has run; what one of them raised is raised here."""
-        while self.starting or self.restart_at:
+        """Until every worker's constructor has run; what one of them raised is raised here. One that has no place within
+        supervision.start_s comes later."""
+        while not all(worker.works or self.is_overdue(worker) for worker in self.slots):
             wait_for([self])
+        self.require_a_place()
 
     def renew(self, slot: int) -> None:
         """Replace a healthy worker that has no call."""

@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import AuthenticationError
 from transformers import PreTrainedTokenizerFast
 
+from actors.elastic import ElasticPool, Room
 from actors.machine import CONNECT_S, check_ray
 from actors.placement import Ask, asks_of, make_room
 from actors.pool import CLOSE_S, QUESTIONS, WorkerPool
@@ -56,17 +57,6 @@ class System:
             concurrency=config.groups_in_flight,
             **watched,
         )
-        self.judges = WorkerPool(
-            spawner(
-                RewardWorker,
-                {"num_cpus": judge.cpus_per_worker, "label_selector": dict(judge.labels)},
-                config.sandbox,
-                dict(config.reward.weights),
-            ),
-            judge.num_workers if samples else 0,
-            role="judge",
-            **watched,
-        )
         self.reference = WorkerPool(
             spawner(
                 Reference,
@@ -78,6 +68,29 @@ class System:
             role="reference",
             **watched,
         )
+        make_judge = spawner(
+            RewardWorker,
+            {"num_cpus": judge.cpus_per_worker, "label_selector": dict(judge.labels)},
+            config.sandbox,
+            dict(config.reward.weights),
+        )
+        if samples and judge.most > judge.num_workers:
+            self.judges = ElasticPool(
+                make_judge,
+                judge.num_workers,
+                most=judge.most,
+                idle_s=judge.idle_s,
+                places=Room(asks_of(config), "judge"),
+                beside=[
+                    pool
+                    for pool, section in ((self.rollouts, rollout), (self.reference, reference))
+                    if section.labels == judge.labels
+                ],
+                role="judge",
+                **watched,
+            )
+        else:
+            self.judges = WorkerPool(make_judge, judge.num_workers if samples else 0, role="judge", **watched)
         self.watchdog.watched += [pool.states for pool in self.pools().values()]
 
     def pools(self) -> dict[str, WorkerPool]:
@@ -104,7 +117,7 @@ class System:
 
     def __exit__(self, *exc_info: object) -> None:
         try:
-            closing = [worker.close.remote() for worker in self.judges.workers]
+            closing = [worker.handle.close.remote() for worker in self.judges.slots if worker.works]
             ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S)  # what is left then ends with its worker
             for pool in self.pools().values():
                 pool.close()
@@ -124,6 +137,13 @@ def num_cpus_needed(config: AnyConfig) -> float:
     return sum(ask.count * ask.resources["CPU"] for ask in asks_of(config))
 
 
+def num_cpus_used(config: AnyConfig) -> float:
+    """By as many of them as there may be."""
+    judge = config.judge if isinstance(config, RLConfig) else None
+    more = 0.0 if judge is None else (judge.most - judge.num_workers) * judge.cpus_per_worker
+    return num_cpus_needed(config) + more
+
+
 @contextmanager
 def cluster(address: str | None, num_cpus: float) -> Iterator[None]:
     """Be in the cluster of `connect`, and leave it at the end, or end the one that was started here."""
@@ -138,7 +158,7 @@ def cluster(address: str | None, num_cpus: float) -> Iterator[None]:
 @contextmanager
 def room_for(config: RLConfig, asks: Sequence[Ask]) -> Iterator[None]:
     """The run's cluster, once it has room for what is asked."""
-    with cluster(config.ray.address, num_cpus_needed(config)):
+    with cluster(config.ray.address, num_cpus_used(config)):
         make_room(asks, config.supervision.start_s)
         yield
 

@@ -5,6 +5,7 @@ import json
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Self
 
@@ -159,7 +160,8 @@ def sampling_metrics(
         passed += new.num_tokens_passed - old.num_tokens_passed
         useful += new.num_useful_tokens - old.num_useful_tokens
         busy_s += new.busy_s - old.busy_s
-    speed = num_tokens * len(after) / busy_s if busy_s else 0.0  # of all workers together, while they sample
+    there = sum(stats is not None for stats in after)
+    speed = num_tokens * there / busy_s if busy_s else 0.0  # of all workers together, while they sample
     values = (passes, round(speed, 1), round(useful / passed, 4) if passed else 0.0)
     return dict(zip(SAMPLING_METRICS, values, strict=True))
 
@@ -168,11 +170,12 @@ def pool_metrics(
     before: Sequence[PoolStats | None], after: Sequence[PoolStats | None], seconds: float
 ) -> dict[str, float]:
     """What the reward workers' pools of sandboxes did in a time: sums, and means over that time for each worker. Workers that
-    did not answer (None) are left out."""
-    metrics = {"pool/cpu_ms": 0.0, "pool/infra_errors": 0, "pool/restarts": 0}
-    for worker, (old, new) in enumerate(zip(before, after, strict=True)):
+    did not answer (None) are left out, and those that have left or joined since count from zero or not at all."""
+    metrics = {"pool/workers": 0, "pool/cpu_ms": 0.0, "pool/infra_errors": 0, "pool/restarts": 0}
+    for worker, (old, new) in enumerate(zip_longest(before, after)):
         if new is None:
             continue
+        metrics["pool/workers"] += 1
         if old is not None and new.busy_s < old.busy_s:
             old = None  # a new worker counts from zero
         metrics["pool/cpu_ms"] += new.cpu_ms - (old.cpu_ms if old else 0)

@@ -14,6 +14,7 @@ from diffrl.config.base import (
     Positive,
     ProblemsConfig,
     RayConfig,
+    Seconds,
     Section,
 )
 from diffrl.config.supervision import SupervisionConfig
@@ -200,6 +201,26 @@ class WorkerConfig(Section):
     labels: Mapping[str, str] = {}  # of the nodes to run on, such as {diffrl/group: reward}
 
 
+class JudgeConfig(WorkerConfig):
+    # While groups wait to be judged there are more workers, up to so many, where the cluster has places; None: never.
+    max_workers: Positive | None = None
+    idle_s: Seconds = 60.0  # without work; then one that is more than num_workers leaves
+
+    @model_validator(mode="after")
+    def check(self):
+        require(
+            self.max_workers is None or self.max_workers >= self.num_workers,
+            "max_workers",
+            self.max_workers,
+            f"be at least num_workers {self.num_workers}; null: always that many",
+        )
+        return self
+
+    @property
+    def most(self) -> int:
+        return self.max_workers or self.num_workers
+
+
 class ReferenceConfig(Section):
     mode: Literal["actor", "adapter_off"] = "actor"  # adapter_off: the learner without its adapters, no actor
     num_workers: Positive = 1  # each scores whole groups
@@ -301,7 +322,7 @@ class RLConfig(Section):
     train: RLTrain = RLTrain()
     rollout: RolloutConfig = RolloutConfig()
     sync: SyncConfig = SyncConfig()
-    judge: WorkerConfig = WorkerConfig()
+    judge: JudgeConfig = JudgeConfig()
     reference: ReferenceConfig = ReferenceConfig()
     learner: LearnerConfig = LearnerConfig()
     checkpoint: RLCheckpoint = RLCheckpoint()

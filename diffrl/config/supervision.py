@@ -19,7 +19,9 @@ class MemoryLimits(Section):
 class SupervisionConfig(Section):
     """A worker that does not answer in time is treated like one that died. Time counts from when it could begin."""
 
-    start_s: Seconds = 1800.0  # a worker's constructor, and the wait for its place in the cluster; a rank's engine
+    start_s: Seconds = (
+        1800.0  # a worker's constructor, a rank's engine; the wait of a role for its first place in the cluster
+    )
     generate_s: Seconds = 3600.0  # one group
     score_s: Seconds = 3600.0  # one group: programs x tests x sandbox.wall_s / sandbox.slots at worst
     reference_s: Seconds = 3600.0  # one group, or a mixture of weights

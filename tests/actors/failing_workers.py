@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def wait_until(ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+def wait_until(ready: Callable[[], bool], limit_s: float = 60.0) -> None:
+    deadline = time.monotonic() + limit_s
     while not ready():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -79,6 +79,20 @@ class Late:
 
     def work(self, value: int) -> int:
         return value
+
+
+class Held:
+    """Squares as soon as nothing in its folder holds it; says when it is closed."""
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+
+    def work(self, value: int) -> int:
+        wait_until(lambda: not (self.folder / "hold").exists(), limit_s=600.0)
+        return value * value
+
+    def close(self) -> None:
+        (self.folder / f"closed-{os.getpid()}").touch()
 
 
 class Reference:

@@ -227,6 +227,7 @@ MISTAKES = [
     # Fields together
     ("rl", "method.group_size=1", "method.group_size", "1", "must be 2 or more: the baseline is the mean reward"),
     ("rl", "train.prompts_per_step=11", "train.prompts_per_step", "11", "must be a multiple of learner.num_ranks 2"),
+    ("rl", "judge.num_workers=4 judge.max_workers=3", "judge.max_workers", "3", "must be at least num_workers 4; null: always"),
     ("rl", "sampling.steps=35", "sampling.steps", "35", "must be at most sampling.completion_tokens 34: a step reveals"),
     ("rl", "sampling.cache=dual", "sampling.cache", "'dual'", "needs sampling.block_size, such as 32"),
     (

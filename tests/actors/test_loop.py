@@ -4,7 +4,8 @@ import json
 import os
 import re
 import signal
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ import pytest
 import ray
 import torch
 
+from actors import elastic, system
 from actors.driver import Run, spread, train
+from actors.pool import wait_for
 from actors.processes import place_of
+from actors.reward import RewardWorker
 from actors.rollout import RolloutWorker
 from actors.telemetry import SAMPLING_METRICS
 from diffrl.config import ModelConfig, RLConfig
@@ -126,6 +130,90 @@ def test_lost_workers_change_nothing(plain_run: Path, tuned_model, problems_file
     restarts = {name: pool.num_restarts for name, pool in run.system.pools().items()}
     assert all(count >= 2 for count in restarts.values()), restarts
     assert metric_lines(tmp_path / "lost") == metric_lines(plain_run)
+
+
+class Slow(RewardWorker):
+    """So that others join in."""
+
+    def score(self, *args: Any) -> Any:
+        time.sleep(2)
+        return super().score(*args)
+
+
+class Elastic(Run):
+    """Judged by as many as there may be, from the second step on until they are alone with nothing to do."""
+
+    counts: tuple[int, ...] = ()
+
+    def step(self, step: int) -> None:
+        judges = self.system.judges
+        if step == 1:
+            self.advance_until(lambda: sum(worker.works for worker in judges.slots) == 3)
+        super().step(step)
+        if step == 1:
+            self.advance_until(lambda: len(judges.slots) == 1)
+        self.counts += (len(judges.slots),)
+
+    def advance_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 300
+        while not condition():
+            assert time.monotonic() < deadline
+            self.advance()
+
+
+@pytest.mark.slow
+def test_reward_workers_that_come_and_go_change_nothing(
+    plain_run: Path, tuned_model, problems_file, tmp_path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(system, "RewardWorker", Slow)
+    monkeypatch.setattr(elastic, "MOMENT_S", 0.5)
+    config = rl_config(tuned_model, problems_file, tmp_path / "elastic", judge={"max_workers": 3, "idle_s": 15.0})
+    run = run_with(Elastic, config)
+    assert metric_lines(tmp_path / "elastic") == metric_lines(plain_run)
+    rows = [json.loads(line) for line in (tmp_path / "elastic" / "metrics.jsonl").read_text().splitlines()]
+    print([row["pool/workers"] for row in rows], run.counts)
+    assert rows[1]["pool/workers"] == 3 and run.counts[1] == 1
+    assert [row["restarts/judge"] for row in rows] == [0, 0, 0]
+
+
+class Leaving(Run):
+    """One of two rollout workers is lost inside the second step, and its place is another's until the third has begun."""
+
+    taker: Any = None
+    waited = False
+
+    def score_reference(self, group: RolloutGroup) -> None:
+        rollouts = self.system.rollouts
+        if group.ordinal == 4:
+            ray.kill(rollouts.workers[1])
+            self.taker = ray.remote(Taker).options(num_cpus=ROLLOUT_CPUS).remote()
+        elif group.ordinal == 9:
+            self.waited = bool(rollouts.slots[1].waits)
+            ray.kill(self.taker)
+            while not rollouts.slots[1].works:
+                wait_for([rollouts])
+        super().score_reference(group)
+
+
+class Taker:
+    """Takes a place."""
+
+
+ROLLOUT_CPUS = 6.0
+
+
+@pytest.mark.slow
+def test_rollout_workers_that_come_and_go_change_nothing(plain_run: Path, tuned_model, problems_file, tmp_path):
+    config = rl_config(
+        tuned_model,
+        problems_file,
+        tmp_path / "leaving",
+        rollout={"num_workers": 2, "cpus_per_worker": ROLLOUT_CPUS},
+        supervision={"backoff_s": 5.0, "start_s": 300.0},
+    )
+    run = run_with(Leaving, config)
+    assert isinstance(run, Leaving) and run.waited and run.system.rollouts.num_restarts == 1
+    assert metric_lines(tmp_path / "leaving") == metric_lines(plain_run)
 
 
 FREEZES = [("rollout", "generate"), ("judge", "score"), ("reference", "logprobs"), ("learner", "update")]

@@ -30,7 +30,7 @@ from actors.placement import (
     unplaced,
 )
 from actors.processes import place_of
-from actors.system import System, connect
+from actors.system import System, connect, num_cpus_needed, num_cpus_used
 from diffrl.config import RLConfig, SupervisionConfig
 from diffrl.config_file import validate
 from diffrl.errors import ConfigError, RunStoppedError
@@ -122,7 +122,7 @@ def test_labels_select_nodes(wanted: dict[str, str], has: dict[str, str], found:
 def test_every_role_asks_with_the_keys_of_its_section():
     config = config_of(
         rollout={"num_workers": 3, "gpus_per_worker": 1, "labels": {GROUP: "rollout"}},
-        judge={"num_workers": 2, "cpus_per_worker": 0.5, "labels": {GROUP: "reward"}},
+        judge={"num_workers": 2, "max_workers": 5, "cpus_per_worker": 0.5, "labels": {GROUP: "reward"}},
         reference={"gpus": 0.5, "labels": {GROUP: "rollout"}},
         learner={"num_ranks": 4, "cpus_per_rank": 2, "gpus_per_rank": 1, "labels": {GROUP: "learner"}},
     )
@@ -133,6 +133,7 @@ def test_every_role_asks_with_the_keys_of_its_section():
         "rollout.num_workers": (3, {"CPU": 1, "GPU": 1}, {GROUP: "rollout"}),
         "judge.num_workers": (2, {"CPU": 0.5, "GPU": 0}, {GROUP: "reward"}),
     }
+    assert num_cpus_used(config) == num_cpus_needed(config) + 3 * 0.5
     assert not any(each.together for each in asks_of(config))
     assert [each.section for each in asks_of(config, samples=False)] == ["learner", "reference"]
     assert asks_of(config_of(learner={"num_ranks": 2, "placement": "STRICT_PACK"}))[0].together
@@ -371,21 +372,43 @@ def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch):
         connect("127.0.0.1:1", 1.0)
 
 
-@pytest.mark.slow
-def test_an_autoscaler_is_asked_for_all_at_once():
-    """What it cannot add it says at once, and adds nothing; what it can is waited for."""
+def happened(scenario: str) -> list[dict[str, Any]]:
+    """What a scenario of autoscaled.py printed, which is shown too."""
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        command = [sys.executable, "-m", "tests.actors.autoscaled", folder]
+        command = [sys.executable, "-m", "tests.actors.autoscaled", scenario, folder]
         made = subprocess.run(
             ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", *command],
             cwd=Path(__file__).parents[2],
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=1200,
         )
-    assert made.returncode == 0, made.stderr[-3000:]
-    too_many, enough = (json.loads(line) for line in made.stdout.splitlines())
     print(made.stdout)
+    assert made.returncode == 0, made.stderr[-3000:]
+    return [json.loads(line) for line in made.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_an_autoscaler_is_asked_for_all_at_once():
+    """What it cannot add it says at once, and adds nothing; what it can is waited for."""
+    too_many, enough = happened("room")
     assert too_many["nodes"] == 0 and "The autoscaler can add no nodes that make room" in too_many["said"]
     assert too_many["seconds"] < 30
     assert enough["said"] == "" and enough["nodes"] == 2
+
+
+@pytest.mark.slow
+def test_reward_workers_and_their_nodes_follow_the_backlog():
+    """A burst adds nodes, as many as the group may have, idleness removes them, and those of the rollouts stay; a rollout
+    worker whose node is lost is replaced on another, and nothing is done twice or not at all."""
+    *events, done = happened("elastic")
+    seen = {event.get("event"): event for event in events}
+    assert seen["begin"]["judge_nodes"] == 1 and seen["begin"]["rollout_nodes"] == 2
+    assert seen["burst"]["judge_nodes"] == 2 and seen["burst"]["judge_workers"] == 4
+    assert seen["all that there can be"]["judge_workers"] == 4  # of five
+    assert seen["workers left"]["judge_workers"] == 1 == seen["nodes left"]["judge_nodes"]
+    assert seen[None]["rollout_nodes_stayed"] and seen["nodes left"]["losses"] == 0
+    assert seen["node lost"]["rollout_workers"] == 1 and seen["sampled"]["losses"] == 1
+    assert seen["node replaced"]["rollout_workers"] == 2
+    judged = [["judge", value, value**2] for value in range(20)]
+    assert done["done"] == judged + [["rollout", value, value**2] for value in range(20, 26)]

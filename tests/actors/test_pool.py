@@ -133,6 +133,7 @@ def test_a_worker_has_as_many_calls_at_a_time_as_it_may(ray_cluster):
     remote = ray.remote(Meeting).options(num_cpus=0.1, max_concurrency=3)
     pool = WorkerPool(remote.remote, 2, in_flight=3)
     try:
+        pool.wait_ready()
         for value in range(12):
             pool.submit(value, "work", value)
             assert len(pool.running) == min(value + 1, 6)

@@ -143,6 +143,7 @@ def test_pool_metrics_count_from_zero_for_a_new_worker() -> None:
 
     metrics = pool_metrics([stats(10.0, 3), stats(50.0, 9)], [stats(14.0, 4), stats(2.0, 1)], 2.0)
     assert metrics == {
+        "pool/workers": 2,
         "pool/cpu_ms": 6000.0,
         "pool/infra_errors": 2,
         "pool/restarts": 2,
@@ -151,6 +152,10 @@ def test_pool_metrics_count_from_zero_for_a_new_worker() -> None:
         "pool/1/busy_slots": 1.0,
         "pool/1/queue_depth": 2.0,
     }
+    joined = pool_metrics([stats(10.0, 3), None], [stats(14.0, 4), None, stats(2.0, 1)], 2.0)
+    assert joined["pool/workers"] == 2 and joined["pool/cpu_ms"] == 6000.0 and joined["pool/2/busy_slots"] == 1.0
+    left = pool_metrics([stats(10.0, 3), stats(2.0, 1)], [stats(14.0, 4)], 2.0)
+    assert left["pool/workers"] == 1 and left["pool/cpu_ms"] == 4000.0
 
 
 class FailingWorker(RewardWorker):

@@ -38,11 +38,11 @@ def service_address() -> str:
     return f"{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
 
 
-def room(name: str, group: str, resource: str) -> float:
-    """Of a resource, in all pods with which a group begins."""
+def room(name: str, group: str, resource: str, pods: str = "replicas") -> float:
+    """Of a resource, in all pods with which a group begins, or of which it may have `maxReplicas`."""
     ((_, spec),) = ray_clusters(name)
     (found,) = (worker for worker in spec["workerGroupSpecs"] if worker["groupName"] == group)
-    return quantity(found["template"]["spec"]["containers"][0]["resources"]["limits"][resource]) * found["replicas"]
+    return quantity(found["template"]["spec"]["containers"][0]["resources"]["limits"][resource]) * found[pods]
 
 
 @pytest.mark.parametrize("name", [TRAIN, "overlays/kueue", "overlays/object-store"])
@@ -59,6 +59,8 @@ def test_the_training_job_runs_a_config_for_which_there_is_room(name: str) -> No
     scoring = config.num_reference_workers * config.reference.gpus
     assert sampling + scoring == room(name, "rollout", "nvidia.com/gpu")
     assert config.judge.num_workers * config.judge.cpus_per_worker <= room(name, "reward", "cpu")
+    assert config.judge.num_workers < config.judge.most == config.train.prompts_per_step
+    assert config.judge.most * config.judge.cpus_per_worker <= room(name, "reward", "cpu", "maxReplicas")
     asks, there = asks_of(config), list(nodes(name))
     assert all(each.labels for each in asks) and unplaced(asks, there) == []
     learner, *others = asks
