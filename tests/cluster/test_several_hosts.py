@@ -50,6 +50,27 @@ ANY_PORT = 7777  # something listens there on every host
 GROUP = "diffrl/group"
 # Ports of a node's agents. A raylet that is not told waits for them, 15 seconds long.
 PORTS = {"metrics-export-port": 8080, "dashboard-agent-grpc-port": 8081, "runtime-env-agent-port": 8082}
+# `ray start`, which gives a node half a minute to start.
+PATIENT_RAY = f"""
+import time
+from ray._private import services
+from ray.scripts.scripts import main
+
+get_node = services.get_node
+deadline = time.monotonic() + {WAIT_S}
+
+def wait_for_node(*args):
+    while True:
+        try:
+            return get_node(*args)
+        except RuntimeError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+services.get_node = wait_for_node
+main()
+"""
 # Groups and CPUs of the hosts with Ray. A rollout worker fills half of a host, so they spread, and both fit on one.
 RAY_HOSTS = {
     "head": ("head", 1),
@@ -171,7 +192,7 @@ class Site:
         options = [f"--num-cpus={cpus}", f"--labels={GROUP}={group}", f"--node-ip-address={host.address}"]
         options += [f"--object-store-memory={100 << 20}", *(f"--{name}={port}" for name, port in PORTS.items())]
         with log.open("wb") as output:
-            self.rays[name] = host.start(["ray", "start", *role, *options], output)
+            self.rays[name] = host.start(["python", "-c", PATIENT_RAY, "start", *role, *options], output)
         until(
             lambda: "Ray runtime started" in log.read_text(),
             f"Ray on {name}",
