@@ -113,8 +113,8 @@ def config_of(folder: Path, run: str, /, **sections: dict) -> RLConfig:
 
 @pytest.fixture(scope="module")
 def one_host(shared: Path) -> Path:
-    """The run on this machine: one worker of each kind, one rank."""
-    train(config_of(shared, "one", sandbox={"backend": "process", "slots": 4}))
+    """The run on this machine: one worker of each kind, and the ranks, whose sums are the same in the same number of them."""
+    train(config_of(shared, "one", learner={"num_ranks": 2}, sandbox={"backend": "process", "slots": 4}))
     return shared / "one"
 
 
@@ -181,7 +181,7 @@ class Site:
         return host
 
     def start_ray(self, name: str) -> None:
-        """And wait for it. The head does not end with its server for Ray Client, which has half a minute to start, too."""
+        """And wait for it. Without --block the head outlives its server for Ray Client, which may start too slowly."""
         group, cpus = RAY_HOSTS[name]
         host, log = self.hosts[name], self.folder / f"{name}.log"
         role = (
