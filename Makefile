@@ -33,9 +33,9 @@ endef
 system:
 	$(call debian,bwrap,bubblewrap,programs cannot be isolated)
 
-# What the tests of containers need beside it: they start an engine of their own, and make the image without a registry.
+# What the tests of containers and of hosts need beside it: they start an engine of their own, and make the image without a registry.
 engine:
-	$(call debian,dockerd debootstrap ip,docker.io debootstrap iproute2,tests of containers are skipped without any engine)
+	$(call debian,dockerd debootstrap ip iptables,docker.io debootstrap iproute2 iptables,tests of containers are skipped without any engine)
 
 # What builds the cluster's manifests.
 kustomize:
