@@ -79,7 +79,7 @@ lint: venv
 test: lint system engine kustomize
 	$(BIN)/python -m pytest -m 'not slow' --durations=25
 
-test-slow: venv system engine
+test-slow: venv system engine kustomize
 	$(BIN)/python -m pytest -m slow --durations=25
 
 clean:

@@ -32,6 +32,7 @@ from diffrl.errors import RunStoppedError
 from diffrl.saved_batch import save_batch
 from diffrl.types import ScoringBatch, TrainBatch, UpdateResult
 
+END_S = 10.0  # what is left of lost ranks ends on other nodes
 GRACE_S = 20.0  # from the failure of one rank to the death that may be behind it
 MAX_FAILED_BATCHES = 4  # kept for a look
 
@@ -250,8 +251,9 @@ class Learner:
         print(f"learner group lost: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         places = [place_of(rank) for rank in self.ranks]
         self.end_ranks()
-        for place in places:
-            end_process(place)
+        ends = [end for end in map(end_process, places) if end is not None]
+        if ends:
+            ray.wait(ends, num_returns=len(ends), timeout=END_S)
         time.sleep(self.config.supervision.delay_s(self.rebuilds_in_a_row))
         self.place = self.reserve()  # of other nodes, if one was lost
         self.ranks = [self.make_rank(number) for number in range(len(self.ranks))]

@@ -334,13 +334,15 @@ class WorkerPool:
         for ref in [ref for ref in worker.runs if not has_value(ref)]:
             runs.append(self.running.pop(ref))
             del worker.runs[ref]
-        story = self.account(worker, reason)  # before it is gone
+        worker.place = worker.place or place_of(worker.handle)
         kill(worker.handle)
         if cause is None:  # it is late, and may be frozen
-            end_process(worker.place or place_of(worker.handle))
-        print(f"{self.role} worker lost: {story.splitlines()[0]}", file=sys.stderr, flush=True)
+            end_process(worker.place)
+        told = f"{reason}; this was {worker.place.class_name} {worker.slot} ({worker.place})"  # its log may be slow to get
+        print(f"{self.role} worker lost: {told}", file=sys.stderr, flush=True)
         self.losses += 1
         if self.losses > self.config.max_losses * len(self.slots):
+            story = self.account(worker, reason)
             raise WorkersKeepDyingError(f"workers keep dying, the last one: {story}") from cause
         self.num_restarts += 1
         rounds = 1 + (self.losses - 1) // len(self.slots)
@@ -353,8 +355,8 @@ class WorkerPool:
             if run.forgotten:
                 continue
             if call.losses >= self.config.problem_attempts:
-                told = story.splitlines()
-                self.outcomes.append(GivenUp(call, one_line(" ".join([told[0], *told[1:][-1:]]), 600)))
+                story = self.account(worker, reason).splitlines()
+                self.outcomes.append(GivenUp(call, one_line(" ".join([story[0], *story[1:][-1:]]), 600)))
             else:
                 self.waiting.appendleft(call)
         self.waiting = deque(sorted(self.waiting, key=lambda call: call.losses == 0))

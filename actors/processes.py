@@ -80,12 +80,16 @@ def begin_on_node(node_id: str, look: Callable[..., Answer], *args: Any) -> "ray
     return ray.remote(look).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy).remote(*args)
 
 
-def end_process(place: Place) -> None:
+def end_process(place: Place) -> "ray.ObjectRef | None":
     """SIGKILL a worker that Ray was told to kill: what it holds is free at once. Ray gives one that does not answer 5 seconds,
-    and was seen to let a frozen one live on."""
-    if place.pid is not None and place.node_id:
-        with suppress(RayError, OSError):
-            on_node(place.node_id, end_worker, place.pid)
+    and was seen to let a frozen one live on. On another node it is done when the reference is ready; a node that is lost
+    itself leaves nothing to do."""
+    if place.pid is None or not place.node_id:
+        return None
+    if place.node_id == ray.get_runtime_context().get_node_id():
+        end_worker(place.pid)
+        return None
+    return begin_on_node(place.node_id, end_worker, place.pid)
 
 
 def end_worker(pid: int) -> None:
