@@ -24,7 +24,8 @@ from ray.exceptions import RayError
 
 from actors.calls import Worker
 from actors.placement import Ask, autoscaling_state, bundles_of, nodes_of, room, selects
-from actors.pool import CLOSE_S, WorkerPool, kill
+from actors.pool import WorkerPool
+from actors.staff import CLOSE_S, kill
 
 MOMENT_S = 2.0  # a call may wait
 LOOK_S = 1.0  # from one look at the backlog to the next

@@ -23,8 +23,9 @@ from transformers import PreTrainedTokenizerFast
 from actors.calls import WORKER_LOST, WorkersKeepDyingError
 from actors.learner_rank import LearnerRank
 from actors.placement import ask_of_learner, require_shared
-from actors.pool import POLL_S, kill
+from actors.pool import POLL_S
 from actors.processes import account, cause_of_death, end_process, in_actor, introduce, place_of, resident_mb
+from actors.staff import kill
 from actors.watchdog import ActorState, Watchdog
 from actors.weights import Part, Tensors, Weights, publish, received
 from diffrl.config import RLConfig

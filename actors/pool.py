@@ -9,13 +9,10 @@ made again on another one. Three kinds of failure are told apart:
   not blamed. After `problem_attempts` losses it is given up; what becomes of its problem is the caller's business.
 - the code's: what a method of the worker raises is raised here at once, with the worker's name, place and last words.
 
-A worker for which no node has room is no failure: its calls go to the others until it has a place.
-
 What an event costs does not depend on the number of workers (`make bench-control-plane`): Ray rings when a call is ready.
 Nothing relies on that alone: every POLL_S all calls are looked at, for deadlines and for what has not rung.
 """
 
-import sys
 import threading
 import time
 from collections import deque
@@ -39,10 +36,10 @@ from actors.calls import (
     WorkersKeepDyingError,
 )
 from actors.loads import Loads
-from actors.processes import account, cause_of_death, end_process, in_actor, introduce, one_line, place_of
+from actors.processes import cause_of_death, in_actor, introduce, one_line, place_of
+from actors.staff import CLOSE_S, Staff, kill
 from actors.watchdog import ActorState, Watchdog
 from diffrl.config import SupervisionConfig
-from diffrl.errors import RunStoppedError
 
 # Per worker that does one thing at a time: one running, one waiting, so that a worker never idles between calls.
 MAX_IN_FLIGHT = 2
@@ -50,19 +47,9 @@ POLL_S = 1.0  # the longest wait without a look at deadlines
 BESIDE_S = 0.05  # the longest wait for others without a look at what has rung
 FETCH_S = 0.01  # the longest wait for a value on its way here from another node
 BELL = threading.Event()  # something has rung, in whatever pool
-QUESTIONS = "questions"  # Ray's concurrency group of a worker for what is asked beside its work
-ANSWER_S = 5.0
-PLACE_S = 30.0  # from the start of a worker to when the others no longer count on it, if it has no process by then
-CLOSE_S = 10.0  # a worker ends what it holds
 
 
-def kill(actor: Any) -> None:
-    """End an actor at once, a frozen one within seconds. Its class's type, which `ray.remote` gives to the handle, is not
-    one that ray.kill admits."""
-    ray.kill(actor)
-
-
-class WorkerPool:
+class WorkerPool(Staff):
     """Hands calls to workers and replaces those that are lost. `next_outcome` is what moves it."""
 
     def __init__(
@@ -77,38 +64,23 @@ class WorkerPool:
         watchdog: Watchdog | None = None,
     ):
         """`in_flight`: calls that a worker has at a time, of which it runs `concurrency`, in the order it got them."""
-        self.make_worker = make_worker
-        self.role = role
+        super().__init__(make_worker, role, config or SupervisionConfig())
         self.in_flight = in_flight
         self.concurrency = concurrency
-        self.config = config or SupervisionConfig()
         self.watchdog = watchdog
         self.waiting: deque[Call] = deque()
         self.running: dict[ray.ObjectRef, Running] = {}  # in the order in which they were handed out
-        self.starting: dict[ray.ObjectRef, Worker] = {}  # by the call that answers when the constructor is through
         self.rung: deque[ray.ObjectRef] = deque()  # to look at; a thread of Ray's appends
         self.survey = False  # look at all
         self.survey_at = 0.0
         self.loads = Loads(in_flight)
-        self.restart_at: dict[int, float] = {}  # slots without a worker
         self.outcomes: deque[Done | GivenUp] = deque()
         self.losses = 0  # in a row
-        self.num_restarts = 0  # those to come too
-        self.restarted_at: list[float] = []
         self.slots = [self.start(slot, replaces=False) for slot in range(size)]
-
-    @property
-    def workers(self) -> list[Any]:
-        return [worker.handle for worker in self.slots]
 
     @property
     def busy(self) -> bool:
         return bool(self.running or self.waiting or self.outcomes)
-
-    @property
-    def is_placing(self) -> bool:
-        """Whether a worker needs a place that it may not have got yet."""
-        return bool(self.restart_at) or any(worker.waits is not False for worker in self.starting.values())
 
     # Work
 
@@ -137,21 +109,6 @@ class WorkerPool:
             wait_for([self])
         self.waiting.extend(Call(None, method, args, only=worker.slot) for worker in self.slots if worker.works)
         return [done.value for done in sorted(self.finished(), key=lambda done: done.slot)]
-
-    def inquire(self, method: str, *args: Any) -> list[Any]:
-        """Ask every worker at once, beside what it is doing; None for those that do not answer soon."""
-        asked = {
-            getattr(worker.handle, method).options(concurrency_group=QUESTIONS).remote(*args): worker.slot
-            for worker in self.slots
-            if worker.works
-        }
-        answers: list[Any] = [None] * len(self.slots)
-        for ref in ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)[0] if asked else []:
-            try:
-                answers[asked[ref]] = ray.get(ref)
-            except WORKER_LOST:  # whoever waits for its work will see to it
-                continue
-        return answers
 
     def finished(self) -> list[Done]:
         """What is under way, which must be about no group."""
@@ -233,29 +190,6 @@ class WorkerPool:
                 key = DEADLINES.get(run.call.method, "generate_s")
                 self.lose(run.worker, f"{run.call.method} did not end within supervision.{key} {self.limit(run):g}")
 
-    def look_for_places(self, now: float) -> None:
-        """Which of the workers that start have a process by now; its constructor's time counts from then."""
-        for worker in self.starting.values():
-            if worker.waits is not False and now - worker.since > POLL_S:
-                if place_of(worker.handle).pid is not None:
-                    worker.waits, worker.since = False, now
-                elif now - worker.since > PLACE_S:
-                    worker.waits = True
-        self.require_a_place()
-
-    def is_overdue(self, worker: Worker) -> bool:
-        """Whether it has waited for a place for so long that nobody waits for it."""
-        return bool(worker.waits) and time.monotonic() - worker.since > self.config.start_s
-
-    def require_a_place(self) -> None:
-        """RunStoppedError when none of the workers has found one in time."""
-        if self.slots and all(map(self.is_overdue, self.slots)):
-            raise RunStoppedError(
-                f"supervision.start_s: in {self.config.start_s:g} seconds no {self.role} worker has found a place in the "
-                f"cluster, all {len(self.slots)} wait; add nodes, end what else runs there, or ask for less, and go on with "
-                "--resume auto"
-            )
-
     def limit(self, run: Running) -> float:
         return getattr(self.config, DEADLINES.get(run.call.method, "generate_s"))
 
@@ -334,12 +268,7 @@ class WorkerPool:
         for ref in [ref for ref in worker.runs if not has_value(ref)]:
             runs.append(self.running.pop(ref))
             del worker.runs[ref]
-        worker.place = worker.place or place_of(worker.handle)
-        kill(worker.handle)
-        if cause is None:  # it is late, and may be frozen
-            end_process(worker.place)
-        told = f"{reason}; this was {worker.place.class_name} {worker.slot} ({worker.place})"  # its log may be slow to get
-        print(f"{self.role} worker lost: {told}", file=sys.stderr, flush=True)
+        self.end(worker, reason, late=cause is None)
         self.losses += 1
         if self.losses > self.config.max_losses * len(self.slots):
             story = self.account(worker, reason)
@@ -390,14 +319,6 @@ class WorkerPool:
         kill(old.handle)
         self.num_restarts += 1
         self.slots[slot] = self.start(slot, replaces=True)
-
-    def close(self) -> None:
-        for worker in self.slots:
-            kill(worker.handle)
-
-    def account(self, worker: Worker, what: str) -> str:
-        place = worker.place or place_of(worker.handle)
-        return f"{what}; this was {account(f'{place.class_name} {worker.slot}', place)}"
 
     def states(self) -> list[ActorState]:
         """For a report; another thread may ask."""

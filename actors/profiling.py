@@ -12,7 +12,7 @@ import torch
 from torch._C._profiler import _ExperimentalConfig
 
 from actors.driver import Run, train
-from actors.pool import QUESTIONS
+from actors.staff import QUESTIONS
 from diffrl.config import RLConfig
 from diffrl.errors import ConfigError
 

@@ -15,11 +15,12 @@ from transformers import PreTrainedTokenizerFast
 from actors.elastic import ElasticPool, Room
 from actors.machine import CONNECT_S, check_ray
 from actors.placement import Ask, asks_of, make_room
-from actors.pool import CLOSE_S, QUESTIONS, WorkerPool
+from actors.pool import WorkerPool
 from actors.processes import one_line, resident_mb
 from actors.reference import Reference
 from actors.reward import RewardWorker
 from actors.rollout import RolloutWorker
+from actors.staff import CLOSE_S, QUESTIONS
 from actors.watchdog import Watchdog
 from diffrl.config import AnyConfig, RLConfig
 from diffrl.errors import ConfigError

@@ -40,9 +40,9 @@ import actors.pool
 import actors.system
 from actors.driver import Run
 from actors.learner import Learner
-from actors.pool import QUESTIONS
 from actors.prepare import prepare
 from actors.run_start import begin
+from actors.staff import QUESTIONS
 from actors.system import System, connect
 from actors.telemetry import Telemetry
 from actors.weights import fill_bucket, sealed
