@@ -9,8 +9,7 @@ import psutil
 import pytest
 import ray
 
-from actors import elastic
-from actors import pool as pool_module
+from actors import elastic, staff
 from actors.calls import Done
 from actors.elastic import ElasticPool, Places, Room
 from actors.pool import WorkerPool, next_outcome, wait_for
@@ -43,7 +42,7 @@ def pools() -> Iterator[list[WorkerPool]]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "PLACE_S", 1.0)
+    monkeypatch.setattr(staff, "PLACE_S", 1.0)
 
 
 def workers(folder: Path, cpus: float = CPUS) -> Any:
@@ -124,7 +123,7 @@ def test_nobody_waits_for_a_worker_that_has_no_place(
     pool = WorkerPool(workers(tmp_path, cpus), 2)
     pools.append(pool)
     pool.wait_ready()
-    monkeypatch.setattr(pool_module, "PLACE_S", 1.0)
+    monkeypatch.setattr(staff, "PLACE_S", 1.0)
     pool.config = SupervisionConfig(start_s=2.0, backoff_s=10.0)
     ray.kill(pool.workers[1])
     taker = ray.remote(Held).options(num_cpus=cpus).remote(str(tmp_path))

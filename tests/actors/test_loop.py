@@ -14,7 +14,7 @@ import pytest
 import ray
 import torch
 
-from actors import elastic, system
+from actors import elastic, staff, system
 from actors.driver import Run, spread, train
 from actors.pool import wait_for
 from actors.processes import place_of
@@ -188,7 +188,9 @@ class Leaving(Run):
             ray.kill(rollouts.workers[1])
             self.taker = ray.remote(Taker).options(num_cpus=ROLLOUT_CPUS).remote()
         elif group.ordinal == 9:
-            self.waited = bool(rollouts.slots[1].waits)
+            while not rollouts.slots[1].waits:
+                wait_for([rollouts])
+            self.waited = True
             ray.kill(self.taker)
             while not rollouts.slots[1].works:
                 wait_for([rollouts])
@@ -203,7 +205,10 @@ ROLLOUT_CPUS = 6.0
 
 
 @pytest.mark.slow
-def test_rollout_workers_that_come_and_go_change_nothing(plain_run: Path, tuned_model, problems_file, tmp_path):
+def test_rollout_workers_that_come_and_go_change_nothing(
+    plain_run: Path, tuned_model, problems_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(staff, "PLACE_S", 1.0)
     config = rl_config(
         tuned_model,
         problems_file,
