@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import ray
 from ray._private.internal_api import memory_summary  # the public way to it is a command
 
 from actors.driver import Run
@@ -69,7 +70,8 @@ class Watched(Run):
                 seen[f"{name} mb"] = process.memory_info().rss / 2**20
                 seen[f"{name} files"] = process.num_fds()
                 seen[f"{name} threads"] = process.num_threads()
-        found = re.search(r"Plasma memory usage (\d+) MiB, (\d+) objects", memory_summary(stats_only=True))
+        said = memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
+        found = re.search(r"Plasma memory usage (\d+) MiB, (\d+) objects", said)
         assert found is not None
         seen["cluster object_store_mb"], seen["cluster objects"] = float(found[1]), float(found[2])
         return seen
