@@ -48,7 +48,7 @@ class Collector:
             system.rollouts,
             system.judges,
             judge_attempts=self.config.sandbox.attempts,
-            also=system.reference,
+            also=system.reference if self.config.num_reference_workers > 0 else None,
             on_sampled=self.score_reference,
             on_also=self.keep_reference_scores,
             on_given_up=self.note_given_up,

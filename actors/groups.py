@@ -48,15 +48,17 @@ class Pipeline:
         on_also: Callable[[int, Any], None] = lambda ordinal, value: None,
         on_given_up: Callable[[Request, str], None] = stop,
     ):
-        """`on_sampled` sees each group as soon as it exists, and may submit work about it to the pool `also`, whose results
-        go to `on_also`. `on_given_up` hears of groups that broke their workers, and why; it may be one that is done already,
-        when `also` broke on it."""
+        """`on_sampled` sees each group as soon as it exists, and submits a call about it to the pool `also`, if there is one,
+        whose result goes to `on_also`. `on_given_up` hears of groups that broke their workers, and why; it may be one that is
+        judged already, when `also` broke on it."""
         self.rollouts = rollouts
         self.judges = judges
         self.pools = [rollouts, judges, *([also] if also else [])]
         self.judge_attempts = judge_attempts
         self.on_sampled, self.on_also, self.on_given_up = on_sampled, on_also, on_given_up
-        self.asked: dict[int, Request] = {}
+        self.asked: dict[int, Request] = {}  # until all about them is done
+        self.ways = 1 if also is None else 2  # of a sampled group
+        self.ways_done: dict[int, int] = {}
         self.groups: dict[int, tuple[RolloutGroup, ray.ObjectRef]] = {}  # sampled and not judged yet
         self.attempts: dict[int, int] = {}  # to judge them
         self.done: list[ScoredGroup] = []
@@ -106,7 +108,8 @@ class Pipeline:
         if isinstance(outcome, GivenUp):
             for other in self.pools:
                 other.forget(ordinal)
-            self.groups.pop(ordinal, None)
+            for kept in (self.groups, self.attempts, self.ways_done):
+                kept.pop(ordinal, None)
             self.on_given_up(self.asked.pop(ordinal), outcome.reason)
         elif pool is self.rollouts:
             self.groups[ordinal] = (outcome.value, outcome.ref)
@@ -120,10 +123,18 @@ class Pipeline:
                 own = len(group.rollouts)
                 judgements, twins = outcome.value[:own], outcome.value[own:]
                 self.done.append(ScoredGroup(group=group, judgements=judgements, twin_judgements=twins))
+                self.end_way(ordinal)
             else:
                 self.judges.submit(ordinal, "score", ref, outcome.value, avoid=outcome.slot)
         else:
             self.on_also(ordinal, outcome.value)
+            self.end_way(ordinal)
+
+    def end_way(self, ordinal: int) -> None:
+        """A request holds its weights in the object store: it is let go with the last of what is done about it."""
+        self.ways_done[ordinal] = self.ways_done.get(ordinal, 0) + 1
+        if self.ways_done[ordinal] == self.ways:
+            del self.asked[ordinal], self.ways_done[ordinal]
 
 
 class GroupBuffer:

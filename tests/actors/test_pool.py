@@ -91,7 +91,9 @@ def run_pipeline(judges: list[tuple], attempts: int) -> list[ScoredGroup]:
     rollouts, judge_pool = pool_of(Sampler, [()]), pool_of(Judge, judges)
     try:
         pipeline = Pipeline(rollouts, judge_pool, judge_attempts=attempts)
-        return sorted(pipeline.run(requests(4)), key=lambda scored: scored.group.ordinal)
+        scored = sorted(pipeline.run(requests(4)), key=lambda scored: scored.group.ordinal)
+        assert not any((pipeline.asked, pipeline.groups, pipeline.attempts, pipeline.ways_done))  # nor weights in them
+        return scored
     finally:
         rollouts.close()
         judge_pool.close()

@@ -195,6 +195,7 @@ def test_a_group_that_breaks_the_reference_leaves_the_pipeline(ray_cluster):
         assert scores == {0: 0, 1: 1, 3: 3}
         assert [ordinal for ordinal, _ in given_up] == [2] and "Reference 0" in given_up[0][1]
         assert not any(pool.busy for pool in (rollouts, judges, reference))
+        assert not any((pipeline.asked, pipeline.groups, pipeline.attempts, pipeline.ways_done))
     finally:
         for pool in (rollouts, judges, reference):
             pool.close()
