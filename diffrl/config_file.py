@@ -49,18 +49,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """A YAML file as it is. Raises ConfigError."""
     path = Path(path)
+    name = str(path) if str(path).isprintable() else shown(str(path))
     try:
         if not path.is_file():
             raise ConfigError(
-                f"config: {path} does not exist; give the path of a YAML file, such as configs/quickstart.yaml"
+                f"config: {name} does not exist; give the path of a YAML file, such as configs/quickstart.yaml"
             )
         raw = parse_value(path.read_text())
     except OSError as error:  # a name that is too long, a file that may not be read
-        raise ConfigError(f"config: {path} cannot be read ({error.strerror}); give a file that can") from error
+        raise ConfigError(f"config: {name} cannot be read ({error.strerror}); give a file that can") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}); mend the file") from error
+        raise ConfigError(f"{name}: not valid YAML ({' '.join(str(error).split())}); mend the file") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: {shown(raw)} is not a mapping; write `stage: rl` and further keys")
+        raise ConfigError(f"{name}: {shown(raw)} is not a mapping; write `stage: rl` and further keys")
     return raw
 
 

@@ -7,7 +7,7 @@ files where the paper is silent); a config file says only what differs.
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from diffrl.errors import require, shown
 
@@ -22,17 +22,31 @@ class Section(BaseModel):
     def check_values(cls, raw: Any) -> Any:
         """What neither torch nor a file system takes."""
         for key, value in raw.items() if isinstance(raw, Mapping) else ():
-            name = key if isinstance(key, str) and key.isprintable() else shown(key)
-            require(not isinstance(value, int) or abs(value) <= MAX_INT, name, value, "have at most 64 bits")
-            for text in (key, value):
-                bad = isinstance(text, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text)
-                require(not bad, name, text, "hold no null and no surrogate characters")
+            require_plain(key, value)
+            require(not isinstance(value, int) or abs(value) <= MAX_INT, named(key), value, "have at most 64 bits")
         return raw
+
+
+def named(key: Any) -> str:
+    return key if isinstance(key, str) and key.isprintable() else shown(key)
+
+
+def require_plain(key: Any, value: Any) -> None:
+    for text in (key, value):
+        bad = isinstance(text, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text)
+        require(not bad, named(key), text, "hold no null and no surrogate characters")
+
+
+def plain(labels: Mapping[str, str]) -> Mapping[str, str]:
+    for key, value in labels.items():
+        require_plain(key, value)
+    return labels
 
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(gt=0)]
+PLAIN = AfterValidator(plain)  # labels of the nodes to run on, such as {diffrl/group: rollout}
 
 
 class TinyModel(Section):

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from diffrl.config.base import Positive, ProblemsConfig, RayConfig, Section
+from diffrl.config.base import PLAIN, Positive, ProblemsConfig, RayConfig, Section
 from diffrl.config.rl import SandboxConfig
 from diffrl.errors import require
 from diffrl.sampler import SamplingParams
@@ -43,7 +43,7 @@ class EvaluationConfig(Section):
     num_workers: Annotated[int, Field(ge=0)] = 0  # Ray tasks that share the problems; 0: in the pipeline's own process
     cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
-    labels: Mapping[str, str] = {}  # of the nodes to run on, such as {diffrl/group: rollout}
+    labels: Annotated[Mapping[str, str], PLAIN] = {}  # such as {diffrl/group: rollout}
     threads: Positive = 1  # of torch, in each
     max_tokens_per_batch: Positive = 16_384  # rows x width of a forward pass
     sandbox: SandboxConfig = SandboxConfig()

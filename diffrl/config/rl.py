@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from diffrl.config.base import (
+    PLAIN,
     CheckpointConfig,
     EngineConfig,
     Fraction,
@@ -176,7 +177,7 @@ class RolloutConfig(Section):
     num_workers: Positive = 1
     cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
-    labels: Mapping[str, str] = {}  # of the nodes to run on, such as {diffrl/group: rollout}
+    labels: Annotated[Mapping[str, str], PLAIN] = {}  # such as {diffrl/group: rollout}
     threads: Positive = 1  # of torch, in each worker
     max_tokens_per_batch: Positive = 16_384  # rows x width of a forward pass; at least one group
     dtype: Literal["float32", "bfloat16"] | None = None  # None: of the published weights
@@ -198,7 +199,7 @@ class SyncConfig(Section):
 class WorkerConfig(Section):
     num_workers: Positive = 1
     cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
-    labels: Mapping[str, str] = {}  # of the nodes to run on, such as {diffrl/group: reward}
+    labels: Annotated[Mapping[str, str], PLAIN] = {}  # such as {diffrl/group: reward}
 
 
 class JudgeConfig(WorkerConfig):
@@ -226,7 +227,7 @@ class ReferenceConfig(Section):
     num_workers: Positive = 1  # each scores whole groups
     cpus: Annotated[float, Field(ge=0)] = 1.0  # of each
     gpus: Annotated[float, Field(ge=0)] = 0.0
-    labels: Mapping[str, str] = {}  # of the nodes to run on, such as {diffrl/group: rollout}
+    labels: Annotated[Mapping[str, str], PLAIN] = {}  # such as {diffrl/group: rollout}
     threads: Positive = 1
 
 
@@ -239,7 +240,7 @@ class LearnerConfig(EngineConfig):
     keep_batches: Annotated[int, Field(ge=0)] = 0  # of the last steps, in run_dir/batches, for `diffrl replay`
     cpus_per_rank: Annotated[float, Field(ge=0)] = 1.0
     gpus_per_rank: Annotated[float, Field(ge=0)] = 0.0
-    labels: Mapping[str, str] = {}  # of the nodes to run on, such as {diffrl/group: learner}
+    labels: Annotated[Mapping[str, str], PLAIN] = {}  # such as {diffrl/group: learner}
     placement: Literal["PACK", "STRICT_PACK"] = "PACK"  # on as few nodes as possible; all ranks on one
     threads: Positive = 1
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from diffrl.config.base import (
+    PLAIN,
     CheckpointConfig,
     EngineConfig,
     Fraction,
@@ -58,7 +59,7 @@ class TrainWorkers(EngineConfig):
     num_workers: Positive = 1
     cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
-    labels: Mapping[str, str] = {}  # of the nodes to run on, such as {diffrl/group: learner}
+    labels: Annotated[Mapping[str, str], PLAIN] = {}  # such as {diffrl/group: learner}
     threads: Positive = 2  # of torch, in each worker
     start_s: Seconds = 1800.0  # the wait for a place in the cluster; then the stage gives up
     stall_s: Seconds = 1800.0  # a worker that ends no step, check or save for so long writes its stacks and is lost
