@@ -20,7 +20,7 @@ from tests.actors.conftest import opened
 pytestmark = pytest.mark.slow
 STEPS = 5000
 WARM_UP = 1000
-EVERY = 50
+EVERY = 250  # as checkpoints are, between which the learner keeps its batches
 # Growth in the 4,000 steps behind the warm-up that is not called flat; 5 MB of a process are pools of its allocator.
 LIMITS = {"mb": 5.0, "files": 1.0, "threads": 1.0, "objects": 2.0, "object_store_mb": 1.0}
 
