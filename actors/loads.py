@@ -9,9 +9,8 @@ class Loads:
     def __init__(self, full: int):
         self.full = full
         self.of: dict[int, int] = {}
-        self.with_room: list[dict[int, None]] = [
-            {} for _ in range(full)
-        ]  # by load; each in the order in which they got it
+        # By load; each in the order in which they got it.
+        self.with_room: list[dict[int, None]] = [{} for _ in range(full)]
 
     def set(self, slot: int, load: int | None) -> None:
         old = self.of.pop(slot, None)

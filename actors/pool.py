@@ -328,7 +328,7 @@ class WorkerPool(Staff):
                 role=self.role,
                 slot=worker.slot,
                 place=place_of(worker.handle),
-                ready=worker.ready and not worker.lost,
+                ready=worker.works,
                 calls=tuple(
                     {"method": run.call.method, "ordinal": run.call.key, "seconds": run.since and now - run.since}
                     for run in list(worker.runs.values())

@@ -29,6 +29,8 @@ def kill(actor: Any) -> None:
 
 
 class Staff:
+    """Slots, each with a worker, or with none for a while. Whoever hands out work (pool.py) starts and replaces them."""
+
     def __init__(self, make_worker: Callable[[], Any], role: str, config: SupervisionConfig):
         self.make_worker = make_worker
         self.role = role
@@ -91,15 +93,13 @@ class Staff:
     # Ends
 
     def end(self, worker: Worker, reason: str, *, late: bool) -> None:
-        """And say so. One that is late may be frozen."""
+        """And say so, without its log, which may be slow to get. One that is late may be frozen."""
         worker.place = worker.place or place_of(worker.handle)
         kill(worker.handle)
         if late:
             end_process(worker.place)
-        told = (
-            f"{reason}; this was {worker.place.class_name} {worker.slot} ({worker.place})"  # its log may be slow to get
-        )
-        print(f"{self.role} worker lost: {told}", file=sys.stderr, flush=True)
+        who = f"{worker.place.class_name} {worker.slot} ({worker.place})"
+        print(f"{self.role} worker lost: {reason}; this was {who}", file=sys.stderr, flush=True)
 
     def account(self, worker: Worker, what: str) -> str:
         place = worker.place or place_of(worker.handle)

@@ -20,7 +20,7 @@ class SupervisionConfig(Section):
     """A worker that does not answer in time is treated like one that died. Time counts from when it could begin."""
 
     start_s: Seconds = (
-        1800.0  # a worker's constructor, a rank's engine; the wait of a role for its first place in the cluster
+        1800.0  # a worker's constructor, a rank's engine; a role's wait for its first place in the cluster
     )
     generate_s: Seconds = 3600.0  # one group
     score_s: Seconds = 3600.0  # one group: programs x tests x sandbox.wall_s / sandbox.slots at worst

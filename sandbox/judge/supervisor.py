@@ -308,13 +308,12 @@ def listen(supervisor: Supervisor, address: str, token: str) -> NoReturn:
         except OSError:  # `drain` has shut it, and leaves when it is done
             time.sleep(3600)
             continue
-        try:
-            if not count(peer, 1):
-                raise RuntimeError("too many from there")
-            threading.Thread(target=serve, args=(sock, peer), daemon=True).start()
-        except RuntimeError:  # or a program has used up the container's threads
-            count(peer, -1)
-            sock.close()
+        if count(peer, 1):
+            with contextlib.suppress(RuntimeError):  # a program has used up the container's threads
+                threading.Thread(target=serve, args=(sock, peer), daemon=True).start()
+                continue
+        count(peer, -1)
+        sock.close()
 
 
 def on_term(action: Callable[[], NoReturn]) -> None:

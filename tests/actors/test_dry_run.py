@@ -224,6 +224,8 @@ MISTAKES = [
     ("rl", "reward.weights.pass_rat=1.0", "reward.weights", "'pass_rat'", "did you mean 'pass_rate'?; known: format, pass"),
     ("rl", "model.known_as=Dream-7B", "model.known_as", "'Dream-7B'", "known: DiffuCoder-7B-Base"),
     ("sft", "model.lora.targets=[q_prj]", "model.lora.targets", "'q_prj'", "did you mean 'q_proj'?; known: q_proj"),
+    ("rl", r'rollout.labels={"a":"\0"}', "rollout.labels.a", r"'\x00'", "must hold no null and no surrogate characters"),
+    ("sft", r'workers.labels={"\uD800":"b"}', "workers.labels", r"'\ud800'", "must hold no null and no surrogate"),
     # Fields together
     ("rl", "method.group_size=1", "method.group_size", "1", "must be 2 or more: the baseline is the mean reward"),
     ("rl", "train.prompts_per_step=11", "train.prompts_per_step", "11", "must be a multiple of learner.num_ranks 2"),

@@ -35,7 +35,8 @@ def config_of(run_dir: Path) -> RLConfig:
             "sampling": {"completion_tokens": 4, "steps": 1, "temperature": 1.0, "top_p": None, "top_k": None},
             "method": {"group_size": 2, "num_iterations": 1, "reference_refresh_steps": 64},
             "train": {"steps": STEPS, "prompts_per_step": 1},
-            "rollout": {"cpus_per_worker": 0.25, "max_staleness": 1},
+            # Three groups in flight. A worker has a thread for each, and every thread its pools of the allocator.
+            "rollout": {"cpus_per_worker": 0.25, "max_staleness": 1, "max_tokens_per_batch": 128},
             "judge": {"cpus_per_worker": 0.25},
             "reference": {"cpus": 0.25},
             "learner": {"cpus_per_rank": 0.25},

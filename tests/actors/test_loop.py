@@ -16,7 +16,6 @@ import torch
 
 from actors import elastic, staff, system
 from actors.driver import Run, spread, train
-from actors.pool import wait_for
 from actors.processes import place_of
 from actors.reward import RewardWorker
 from actors.rollout import RolloutWorker
@@ -29,6 +28,7 @@ from diffrl.rollout_store import read_all
 from diffrl.saved_batch import load_batch
 from diffrl.types import RolloutGroup
 from tests.actors.conftest import opened, rl_config
+from tests.actors.test_elastic import until
 
 VOLATILE = ("time/", "restarts/", "memory/", "pool/", "weights/", *SAMPLING_METRICS)
 
@@ -180,7 +180,7 @@ class Leaving(Run):
     """One of two rollout workers is lost inside the second step, and its place is another's until the third has begun."""
 
     taker: Any = None
-    waited = False
+    came_back = False
 
     def score_reference(self, group: RolloutGroup) -> None:
         rollouts = self.system.rollouts
@@ -188,12 +188,10 @@ class Leaving(Run):
             ray.kill(rollouts.workers[1])
             self.taker = ray.remote(Taker).options(num_cpus=ROLLOUT_CPUS).remote()
         elif group.ordinal == 9:
-            while not rollouts.slots[1].waits:
-                wait_for([rollouts])
-            self.waited = True
+            until(rollouts, lambda: rollouts.slots[1].waits)
             ray.kill(self.taker)
-            while not rollouts.slots[1].works:
-                wait_for([rollouts])
+            until(rollouts, lambda: rollouts.slots[1].works)
+            self.came_back = True
         super().score_reference(group)
 
 
@@ -217,7 +215,7 @@ def test_rollout_workers_that_come_and_go_change_nothing(
         supervision={"backoff_s": 5.0, "start_s": 300.0},
     )
     run = run_with(Leaving, config)
-    assert isinstance(run, Leaving) and run.waited and run.system.rollouts.num_restarts == 1
+    assert isinstance(run, Leaving) and run.came_back and run.system.rollouts.num_restarts == 1
     assert metric_lines(tmp_path / "leaving") == metric_lines(plain_run)
 
 

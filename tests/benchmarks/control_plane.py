@@ -37,6 +37,7 @@ from ray.actor import ActorMethod
 
 import actors.learner
 import actors.pool
+import actors.staff
 import actors.system
 from actors.driver import Run
 from actors.learner import Learner
@@ -268,7 +269,7 @@ def simulate(recording: Recording, stub: Any, case: Case) -> dict[str, float]:
             "sync.every=null",
         )
         stack.enter_context(patch.object(actors.system, "spawner", lambda *args, **kwargs: lambda: stub))
-        for module in (actors.pool, actors.learner):  # the stub outlives the case
+        for module in (actors.pool, actors.staff, actors.learner):  # the stub outlives the case
             stack.enter_context(patch.object(module, "kill", lambda actor: None))
         stack.enter_context(patch.object(actors.system, "resident_mb", light))
         prepared, start = prepare(config), begin(config, None)

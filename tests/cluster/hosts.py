@@ -120,21 +120,8 @@ class Network:
         """As the NetworkPolicy of cluster/ does: these clients reach that port of it, it answers them and reaches nothing."""
         device = f"host{number}"
         for client in clients:
-            self(
-                "iptables",
-                "-A",
-                "FORWARD",
-                "-o",
-                device,
-                "-p",
-                "tcp",
-                "--dport",
-                str(port),
-                "-s",
-                client,
-                "-j",
-                "ACCEPT",
-            )
+            to_port = ("-p", "tcp", "--dport", str(port), "-s", client)
+            self("iptables", "-A", "FORWARD", "-o", device, *to_port, "-j", "ACCEPT")
         self("iptables", "-A", "FORWARD", "-o", device, "-j", "DROP")
         self("iptables", "-A", "FORWARD", "-i", device, "-j", "DROP")
         self("iptables", "-A", "INPUT", "-i", device, "-j", "DROP")

@@ -51,6 +51,12 @@ def refusal(path: str | Path, *overrides: str) -> str:
     return message
 
 
+def test_a_file_s_name_is_said_in_one_line(tmp_path: Path):
+    (tmp_path / "a\nb.yaml").write_text("[]")
+    for name, said in (("a\nb.yaml", "is not a mapping"), ("\n", "does not exist")):
+        assert r"\n" in (message := refusal(tmp_path / name)) and said in message
+
+
 @pytest.fixture
 def write(tmp_path):
     def write(text: str) -> Path:
