@@ -34,7 +34,7 @@ def ahead(tuned_model: Path, problems_file: Path, run_dir: Path, staleness: int,
 
 
 class Overlapping(Run):
-    """Counts the groups that come on while the learner is at work."""
+    """Hears the learner only once a group has come on beside its work, where one is being sampled, and counts those."""
 
     came_on = 0
 
@@ -44,6 +44,8 @@ class Overlapping(Run):
         def wait(refs: Sequence[ray.ObjectRef]) -> list[ray.ObjectRef]:
             before = len(self.scoring)
             ready = self.advance(refs)
+            while len(self.scoring) == before and self.pipeline.rollouts.busy:
+                ready = self.advance(refs)
             self.came_on += len(self.scoring) - before
             return ready
 
