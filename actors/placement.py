@@ -31,7 +31,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from actors.machine import CONNECT_S, check_ray
-from actors.processes import LOOK_S, begin_on_node
+from actors.processes import LOOK_S, begin_on_node, one_line
 from diffrl.config import AnyConfig, RLConfig
 from diffrl.config.pipeline import EvaluationConfig
 from diffrl.errors import ConfigError, RunStoppedError, shown
@@ -146,7 +146,7 @@ def check_labels(asks: Sequence[Ask], address: str | None) -> None:
     for each in asks:
         field = f"{each.section}.labels"
         if wrong := validate_label_selector(dict(each.labels)):
-            raise ConfigError(f"{field}: {shown(dict(each.labels))} cannot be used: {wrong}")
+            raise ConfigError(f"{field}: {shown(dict(each.labels))} cannot be used: {one_line(wrong)}")
         if each.labels and (is_own_cluster() if ray.is_initialized() else given(address) is None):
             raise ConfigError(
                 f"{field}: {shown(dict(each.labels))} must be {{}} on a cluster that starts with the run, whose node has no "

@@ -210,6 +210,7 @@ MISTAKES = [
     ("sft", "data.source=disk", "data.source", "'disk'", "must be 'microcode', 'files', 'hub' or 'shards'"),
     ("sft", "workers.labels={1: a}", "workers.labels.1", "1", "must be a valid string; quote it"),
     ("sft", "workers.labels={group: a b}", "workers.labels", "'a b'", "should contain optional operators and a label value"),
+    ("sft", r'workers.labels={group: "\n"}', "workers.labels", r"'\n'", "should contain optional operators"),
     ("rl", "rollout.labels={a b: c}", "rollout.labels", "'a b'", "beginning and ending with an alphanumeric character"),
     ("rl", "judge.labels={diffrl/group: reward}", "judge.labels", "'reward'", "leave it out, or join a cluster (ray.address)"),
     ("rl", "learner.placement=SPREAD", "learner.placement", "'SPREAD'", "must be 'PACK' or 'STRICT_PACK'"),
