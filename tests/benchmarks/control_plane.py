@@ -233,6 +233,7 @@ class Meter:
             (ray, "wait", "waits"),
             (actors.pool.BELL, "wait", "rests"),
         ):
+            self.counts[key] = 0  # told of what never happens too
             self.stack.enter_context(patch.object(place, name, self.counted(key, getattr(place, name))))
         return self
 
@@ -291,7 +292,7 @@ def simulate(recording: Recording, stub: Any, case: Case) -> dict[str, float]:
 def row_of(case: Case, got: dict[str, float]) -> str:
     return (
         f"| {case.workers} | {case.slots:,} | {GROUPS * case.workers:,} | {got['calls']:.2f} | {got['gets']:.2f} "
-        f"| {got['puts']:.3f} | {got['waits'] + got.get('rests', 0):.2f} | {1000 * got['cpu']:.1f} | {1000 * got['loop']:.1f} "
+        f"| {got['puts']:.3f} | {got['waits'] + got['rests']:.2f} | {1000 * got['cpu']:.1f} | {1000 * got['loop']:.1f} "
         f"| {1000 * got['busy']:.1f} |"
     )
 
