@@ -70,7 +70,7 @@ METRICS = (
     gauge("reward/equal_groups_frac", "share of groups", "all rewards equal: nothing to learn from"),
     gauge("reward/part/{part}", "reward", "mean of a part, times its weight; `other`: all but pass_rate and format"),
     gauge("reward/group_std", "reward", "standard deviation of the rewards within a group, mean over groups"),
-    gauge("group/pass@{k}", "share of groups", "chance that one of k samples passes all tests (unbiased estimate)"),
+    gauge("group/pass@{k}", "chance", "that one of k samples passes all tests (unbiased estimate)"),
     gauge("group/all_pass_frac", "share of groups", "every judged sample passed all tests"),
     gauge("group/all_fail_frac", "share of groups", "no judged sample passed all tests"),
     gauge("group/mixed_frac", "share of groups", "some judged samples passed all tests and some did not"),
@@ -193,7 +193,8 @@ def varies(key: str) -> bool:
     return found is not None and found[0].varies
 
 
-def axis(name: str) -> str:
-    """Words for an axis: what is measured, and its unit."""
-    metric = _PLAIN[name]
-    return f"{name} ({metric.unit})"
+def unit(key: str) -> str:
+    """Of the metric that a key belongs to, which is defined."""
+    found = find(key)
+    assert found is not None, key
+    return found[0].unit
