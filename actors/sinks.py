@@ -272,5 +272,7 @@ class Guard:
         if self.name not in self.sinks.warned:
             self.sinks.warned.add(self.name)
             what = f"{type(error).__name__}: {one_line(str(error))}"
-            self.sinks.say(f"telemetry.sinks: {self.name} failed ({what}); the run goes on, metrics.jsonl has all of it")
+            self.sinks.say(
+                f"telemetry.sinks: {self.name} failed ({what}); the run goes on, metrics.jsonl has all of it"
+            )
         return True

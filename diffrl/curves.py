@@ -105,11 +105,16 @@ def draw(panels: Sequence[Panel], series: Mapping[str, Series], title: str) -> A
     from matplotlib.figure import Figure
 
     columns = 2
-    figure = Figure(figsize=(5.5 * columns, 3.4 * len(panels) / columns + 0.5), layout="constrained")
+    rows = -(-len(panels) // columns)
+    width, height = 5.5 * columns, 3.4 * rows + 0.5
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
+    # Margins of our own: to have them worked out takes as long as to draw.
+    inches = {"left": 0.9 / width, "right": 1 - 0.2 / width, "bottom": 0.55 / height, "top": 1 - 0.75 / height}
+    figure.subplots_adjust(**inches, wspace=0.22, hspace=0.3)
     figure.suptitle(title)
     for number, panel in enumerate(panels, start=1):
-        axes = figure.add_subplot(-(-len(panels) // columns), columns, number)
+        axes = figure.add_subplot(rows, columns, number)
         drawn = [line for line in panel.lines if series[line.key][0]]
         for line in drawn:
             steps, values = series[line.key]
@@ -121,6 +126,7 @@ def draw(panels: Sequence[Panel], series: Mapping[str, Series], title: str) -> A
                     axes.plot(steps, values, color=line.color, alpha=0.3, linewidth=0.8)
                 axes.plot(steps, smooth, color=line.color, linewidth=1.8, label=line.key)
         axes.set(title=panel.title, xlabel="steps", ylabel=unit(panel.lines[0].key))
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if len(drawn) > 1:

@@ -30,7 +30,11 @@ def test_nothing_is_said_before_a_window_is_full_or_of_lines_without_these_keys(
 @pytest.mark.parametrize(
     ("about", "slowest", "expected"),
     [
-        ("judge", "judge", "judging is the bottleneck (idle: rollout workers 60%, judge workers 3%, reference workers 60%)"),
+        (
+            "judge",
+            "judge",
+            "judging is the bottleneck (idle: rollout workers 60%, judge workers 3%, reference workers 60%)",
+        ),
         ("rollout", "rollout", "sampling is the bottleneck (idle: rollout workers 3%, judge workers 60%,"),
         ("reference", "reference", "the reference is the bottleneck (idle: rollout workers 60%, judge workers 60%,"),
     ],
@@ -52,7 +56,9 @@ def test_a_window_counts_not_a_step():
 
 
 def test_a_run_without_a_reference():
-    rows = [{k: v for k, v in CALM.items() if "reference" not in k} | {"idle/judge_frac": 0.01, "idle/rollout_frac": 0.8}]
+    rows = [
+        {k: v for k, v in CALM.items() if "reference" not in k} | {"idle/judge_frac": 0.01, "idle/rollout_frac": 0.8}
+    ]
     assert [advice.about for advice in advise(rows * WINDOW)] == ["judge"]
 
 
@@ -70,7 +76,11 @@ def test_a_run_without_a_reference():
             "90% of the groups teach nothing, for their rewards are equal (all pass 70%, all fail 20%): harder problems",
         ),
         ({"reward/equal_groups_frac": 0.9, "group/all_fail_frac": 0.9}, "groups", "easier problems"),
-        ({"rollout/end_token_frac": 0.4}, "length", "only 40% of the completions end within sampling.completion_tokens"),
+        (
+            {"rollout/end_token_frac": 0.4},
+            "length",
+            "only 40% of the completions end within sampling.completion_tokens",
+        ),
         ({"loss/clip_low_frac": 0.2, "loss/clip_high_frac": 0.2}, "clipping", "40% of the tokens"),
         ({"optim/bad_steps": 1.0}, "skipped", "5 optimizer steps of the last 5 steps were skipped"),
     ],
