@@ -28,7 +28,8 @@ def write(folder: Path, rows: list[dict], rest: str = "") -> Path:
     return folder
 
 
-def size_of(png: Path) -> tuple[int, int]:
+def size_of(png: Path | None) -> tuple[int, int]:
+    assert png is not None
     data = png.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND"
     width, height = struct.unpack(">II", data[16:24])
