@@ -4,6 +4,7 @@ sinks beside it (sinks.py), the tables of a report, and at the end curves.png an
 import json
 import os
 import threading
+from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -151,7 +152,7 @@ class SupervisedTelemetry(Telemetry):
         self.last = 0  # step
         self.inode = 0  # of the file that was read last
         self.offset = 0  # of the line to read next
-        self.known: list[int] = []  # hashes of the lines before it
+        self.known = array("q")  # hashes of the lines before it
         self.read(passed_on=False)  # of an earlier start
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.follow, daemon=True)
