@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv system engine kustomize quickstart quickstart-seeds bench-control-plane bench-judge bench-learner bench-sampler bench-sampler-frontier bench-sampler-gpu bench-staleness bench-supervised study-staleness test test-gpu test-slow lint clean
+.PHONY: venv system engine kustomize quickstart quickstart-seeds bench-control-plane bench-judge bench-learner bench-sampler bench-sampler-frontier bench-sampler-gpu bench-staleness study-staleness bench-supervised bench-telemetry lint test test-gpu test-slow clean
 
 venv: $(STAMP)
 
@@ -73,6 +73,9 @@ study-staleness: venv system  # after make quickstart
 
 bench-supervised: venv
 	$(BIN)/python -m tests.benchmarks.supervised
+
+bench-telemetry: venv system
+	$(BIN)/python -m tests.benchmarks.telemetry
 
 lint: venv
 	$(BIN)/ruff format --check .

@@ -53,7 +53,7 @@ def sample(config: RLConfig) -> None:
             groups = [*drawn.scored, *drawn.replaced]
             path = write_step(start.folder / "rollouts", step, groups, [0.0] * sum(len(s.judgements) for s in groups))
             metrics = rollout_metrics(drawn.scored)
-            telemetry.metrics.write({"step": step, **metrics})
+            telemetry.write({"step": step, **metrics})
             telemetry.say(
                 f"step {step + 1:>4}/{prepared.num_steps}  reward {metrics['reward/mean']:.3f}  "
                 f"solved {100 * metrics['reward/solved_frac']:5.1f}%  {path}"

@@ -30,9 +30,11 @@ from diffrl.checkpoint import RunState
 from diffrl.config import RLConfig
 from diffrl.errors import RunStoppedError
 from diffrl.mirror import Mirror
+from diffrl.models.tokens import end_ids
 from diffrl.rollout_store import write_step
 from diffrl.run_folder import read_run, require_newest, write_run
 from diffrl.saved_batch import save_batch
+from diffrl.step_metrics import learner_metrics, role_metrics, step_metrics
 from diffrl.types import Problem, TrainBatch, UpdateResult
 
 
@@ -61,7 +63,7 @@ def train(
         room_for(prepared.config, asks_of(prepared.config, samples=samples)),
         Learner(prepared.config, prepared.tokenizer, prepared.num_steps) as learner,
         System(prepared.config, prepared.tokenizer, samples=samples) as system,
-        Telemetry(start.folder, prepared.num_steps) as telemetry,
+        Telemetry(start.folder, prepared.num_steps, config=config.telemetry) as telemetry,
     ):
         summary = (run_class or Run)(prepared, start, system, learner, telemetry).train()
     seconds = round(time.perf_counter() - started, 1)
@@ -129,14 +131,18 @@ class Run(Collector):
         clock = Clock()
         judges, rollouts = self.system.judges, self.system.rollouts
         before = judges.inquire("stats"), rollouts.inquire("stats")
+        self.system.used()  # until now
+        self.telemetry.phase("rollouts")
         drawn = self.rollouts(step)
         clock.mark("time/rollouts")
         batch = train_batch(drawn.scored, drawn.scoring, drawn.ref_logprobs, self.config)
         self.record(step, drawn, batch)
         self.keep_batch(step, batch)
         clock.mark("time/record")
+        self.telemetry.phase("learning")
         result = self.learner.update(ray.put(batch))
         clock.mark("time/learner")
+        self.telemetry.phase("publishing weights")
         self.weights = self.learner.publish()
         clock.mark("time/publish")
         self.follow(step)
@@ -145,18 +151,27 @@ class Run(Collector):
         num_tokens = sum(r.num_tokens for s in (*drawn.scored, *drawn.replaced) for r in s.group.rollouts)
         load = pool_metrics(before[0], judges.inquire("stats"), sum(clock.times.values()))
         load |= sampling_metrics(before[1], rollouts.inquire("stats"), num_tokens)
-        memory = {**self.system.check_memory(), "memory/learner_mb": self.learner.memory_mb()}
-        memory["memory/driver_mb"] = resident_mb(children=False)
-        restarts = {f"restarts/{name}": pool.num_restarts for name, pool in self.system.pools().items()}
-        restarts["restarts/learner"] = self.learner.num_rebuilds
+        load |= learner_metrics(clock.times, int(batch.loss_mask_BC.sum()) * len(batch.scoring.views))
         metrics = {**rollout_metrics(drawn.scored), "rollout/replaced_groups": float(len(drawn.replaced))}
         behind = [step - s.group.policy_version for s in drawn.scored]
         metrics |= {"rollout/staleness_mean": sum(behind) / len(behind), "rollout/staleness_max": float(max(behind))}
-        metrics["weights/bytes"] = self.weights.num_bytes
+        metrics |= step_metrics(drawn, batch, self.config, end_ids(self.prepared.tokenizer))
+        metrics |= {"weights/bytes": self.weights.num_bytes, "weights/version": self.weights.version}
         metrics["data/quarantined"] = float(self.quarantine.count(self.next_ordinal))
         metrics |= synced | self.watch(step, drawn)
-        self.telemetry.step(step, {**metrics, **result.metrics}, {**clock.times, **restarts, **memory, **load})
+        self.telemetry.step(step, {**metrics, **result.metrics}, {**clock.times, **load, **self.circumstances()})
         self.check_update(step, result)
+
+    def circumstances(self) -> dict[str, float]:
+        """How the workers of each role fare: memory, what was lost, who was busy since the step began."""
+        metrics: dict[str, float] = self.system.check_memory()
+        metrics |= {"memory/learner_mb": self.learner.memory_mb(), "memory/driver_mb": resident_mb(children=False)}
+        for name, pool in self.system.pools().items():
+            metrics |= {f"restarts/{name}": pool.num_restarts, f"retries/{name}": pool.num_retries}
+        metrics |= {"restarts/learner": self.learner.num_rebuilds, "rejudged/groups": self.pipeline.num_rejudged}
+        for role, use in self.system.used().items():
+            metrics |= role_metrics(role, use)
+        return metrics | {"queue/buffered": float(self.buffer.num_committed)}
 
     def record(self, step: int, drawn: StepRollouts, batch: TrainBatch) -> None:
         """Write the step's rollouts; RunStoppedError when too many of them could not be judged to learn from the rest, and
@@ -241,6 +256,7 @@ class Run(Collector):
         every, patience = self.config.eval.every, self.config.stop.patience
         if every is None or (step + 1) % every:
             return False
+        self.telemetry.phase("evaluation")
         self.settle()
         settings = self.config.eval
         rates = self.evaluator.pass_rates(
@@ -257,6 +273,7 @@ class Run(Collector):
 
     def save(self, steps: int, *, ended: bool) -> None:
         """Commit a checkpoint after so many steps."""
+        self.telemetry.phase("checkpoint")
         self.settle()
         apart = self.config.num_reference_workers > 0 and self.reference.version != self.weights.version
         rate, step = self.best or (None, None)
@@ -325,6 +342,7 @@ class Run(Collector):
     def report(self, when: str) -> dict[str, PassRates]:
         """Every number of the last line, for the current weights."""
         assert self.config.report is not None
+        self.telemetry.phase("report")
         self.settle()
         held_out = spread(self.prepared.report_problems, self.config.report.num_problems)
         train = spread(self.prepared.problems, self.config.report.num_train_problems)

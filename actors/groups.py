@@ -62,6 +62,7 @@ class Pipeline:
         self.groups: dict[int, tuple[RolloutGroup, ray.ObjectRef]] = {}  # sampled and not judged yet
         self.attempts: dict[int, int] = {}  # to judge them
         self.done: list[ScoredGroup] = []
+        self.num_rejudged = 0  # times that a group went to a judge again
 
     @property
     def busy(self) -> bool:
@@ -125,6 +126,7 @@ class Pipeline:
                 self.done.append(ScoredGroup(group=group, judgements=judgements, twin_judgements=twins))
                 self.end_way(ordinal)
             else:
+                self.num_rejudged += 1
                 self.judges.submit(ordinal, "score", ref, outcome.value, avoid=outcome.slot)
         else:
             self.on_also(ordinal, outcome.value)
@@ -162,6 +164,10 @@ class GroupBuffer:
     def holds(self, ordinal: int) -> bool:
         """Whether the group has been committed."""
         return self.slots.get(ordinal) is not None
+
+    @property
+    def num_committed(self) -> int:
+        return sum(group is not None for group in self.slots.values())
 
     def drop(self, ordinal: int) -> None:
         """Free the slot of a group that was given up, whether it had been committed or not."""

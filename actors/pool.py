@@ -36,6 +36,7 @@ from actors.calls import (
     WorkersKeepDyingError,
 )
 from actors.loads import Loads
+from actors.meter import Meter
 from actors.processes import cause_of_death, in_actor, introduce, one_line, place_of
 from actors.staff import CLOSE_S, Staff, kill
 from actors.watchdog import ActorState, Watchdog
@@ -74,6 +75,8 @@ class WorkerPool(Staff):
         self.survey = False  # look at all
         self.survey_at = 0.0
         self.loads = Loads(in_flight)
+        self.meter = Meter()
+        self.num_retries = 0  # calls that were made again
         self.outcomes: deque[Done | GivenUp] = deque()
         self.losses = 0  # in a row
         self.slots = [self.start(slot, replaces=False) for slot in range(size)]
@@ -135,6 +138,7 @@ class WorkerPool(Staff):
         self.waiting.extendleft(reversed(held))
         for worker in reserved:
             self.weigh(worker)
+        self.meter.queue(len(self.waiting), len(self.slots))
 
     def worker_for(self, call: Call) -> Worker | None:
         """The one with the least to do of those that have room and may get it."""
@@ -160,6 +164,7 @@ class WorkerPool(Staff):
         """Note how much a worker has to do; only one that works takes calls."""
         load = sum(self.in_flight if run.call.losses else 1 for run in worker.runs.values())
         self.loads.set(worker.slot, load if worker.works else None)
+        self.meter.worker(worker.slot, busy=bool(worker.runs))
 
     def begin(self, worker: Worker) -> None:
         """Note the time for those calls of a worker that it can run by now."""
@@ -250,6 +255,8 @@ class WorkerPool(Staff):
             run = self.running.pop(ref)
             del worker.runs[ref]
             self.losses = 0
+            if run.call.key is not None and run.since is not None:
+                self.meter.call_s.append(time.monotonic() - run.since)
             if run.stream is not None:
                 value = list(run.stream)
             if not run.forgotten:
@@ -263,6 +270,7 @@ class WorkerPool(Staff):
         after a while. Raises WorkersKeepDyingError when that has happened too often."""
         worker.lost = True
         self.loads.set(worker.slot, None)
+        self.meter.worker(worker.slot, busy=False)
         self.starting = {ref: other for ref, other in self.starting.items() if other is not worker}
         runs = []
         for ref in [ref for ref in worker.runs if not has_value(ref)]:
@@ -288,6 +296,7 @@ class WorkerPool(Staff):
                 self.outcomes.append(GivenUp(call, one_line(" ".join([story[0], *story[1:][-1:]]), 600)))
             else:
                 self.waiting.appendleft(call)
+                self.num_retries += 1
         self.waiting = deque(sorted(self.waiting, key=lambda call: call.losses == 0))
 
     # Workers

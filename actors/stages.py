@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerFast
 
 from actors.placement import asks_of, check_cluster, hosts, make_room, require_shared
 from actors.prepare import absolute_model_path, check_devices, said_in_a_line
+from actors.sinks import check_sinks
 from actors.stage_worker import StageJob, run_stage
 from actors.system import connect, num_cpus_needed
 from actors.telemetry import SupervisedTelemetry
@@ -90,7 +91,7 @@ def train_supervised(config: PretrainConfig | SftConfig, *, dry_run: bool = Fals
         num_steps=prepared.num_steps,
         attempt=attempt,
     )
-    with SupervisedTelemetry(folder, job.num_steps, config.stage) as telemetry:
+    with SupervisedTelemetry(folder, job.num_steps, config.stage, config.telemetry) as telemetry:
         telemetry.say(f"{config.stage}: {prepared.summary()}")
         if run is not None:
             telemetry.say(f"resumed after step {last_step(folder)} of {folder}")
@@ -131,6 +132,7 @@ def prepare_stage(config: PretrainConfig | SftConfig, folder: Path) -> PreparedS
     with said_in_a_line(config):
         check_run_folder(Path(config.run_dir), config.model.path)
         check_devices(config)
+        check_sinks(config.telemetry)
         tokenizer = load_policy_tokenizer(config.model)
         model = check_policy(config.model, tokenizer)
         check_lengths(config, model.config.max_position_embeddings)

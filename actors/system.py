@@ -24,6 +24,7 @@ from actors.staff import CLOSE_S, QUESTIONS
 from actors.watchdog import Watchdog
 from diffrl.config import AnyConfig, RLConfig
 from diffrl.errors import ConfigError
+from diffrl.step_metrics import RoleUse
 
 
 class System:
@@ -96,6 +97,10 @@ class System:
 
     def pools(self) -> dict[str, WorkerPool]:
         return {"rollout": self.rollouts, "judge": self.judges, "reference": self.reference}
+
+    def used(self) -> dict[str, RoleUse]:
+        """What the workers of each role were doing since the last look."""
+        return {name: pool.meter.taken() for name, pool in self.pools().items()}
 
     def wait_ready(self) -> None:
         for pool in self.pools().values():

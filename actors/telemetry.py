@@ -1,9 +1,12 @@
-"""What a run tells: one line per step on the terminal, metrics.jsonl, the tables of a report."""
+"""What a run tells: one line per step on the terminal with advice where something is in the way, metrics.jsonl and the
+sinks beside it (sinks.py), the tables of a report, and at the end curves.png and where everything is."""
 
-import io
 import json
+import os
 import threading
-from collections.abc import Mapping, Sequence
+from array import array
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
@@ -12,17 +15,24 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from actors.advice import AGAIN, WINDOW, advise
 from actors.batcher import RolloutStats
 from actors.evaluate import PassRates
+from actors.processes import one_line
+from actors.sinks import Sinks
+from diffrl.config.telemetry import TelemetryConfig
+from diffrl.curves import CURVES, write_curves
 from diffrl.files import write_whole
-from diffrl.run_folder import MetricsFile
+from diffrl.metrics import check_defined
+from diffrl.run_folder import METRICS, MetricsFile
 from sandbox.pool import PoolStats
 
 
 class Telemetry:
     """Progress goes to stderr; stdout carries the lines that a script may want to read."""
 
-    def __init__(self, folder: Path, num_steps: int, title: str = "rl"):
+    def __init__(self, folder: Path, num_steps: int, title: str = "rl", config: TelemetryConfig | None = None):
+        """`config`: of a run that goes all the way; None: metrics.jsonl and the terminal alone."""
         self.folder = folder
         self.num_steps = num_steps
         self.metrics = MetricsFile(folder)
@@ -32,26 +42,52 @@ class Telemetry:
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[phase]}"),
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.task = self.progress.add_task(title, total=num_steps)
+        self.task = self.progress.add_task(title, total=num_steps, phase="")
+        self.config = config
+        self.sinks = Sinks(config or TelemetryConfig(sinks=[]), folder, title, self.say)
+        self.rows: deque[Mapping[str, float]] = deque(maxlen=WINDOW)  # of the last steps
+        self.advised: dict[str, int] = {}  # the step at which something was said last
 
     def __enter__(self) -> Self:
         self.progress.start()
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
         self.progress.stop()
+        self.sinks.close()
         self.metrics.close()
+        if self.config is None:
+            return
+        try:
+            write_curves(self.folder)
+        except Exception as error:  # a picture is no reason for a run to fail
+            self.say(f"{CURVES} could not be drawn ({type(error).__name__}: {one_line(error)})")
+        if kind is None:
+            for line in summary(self.folder):
+                self.say(line)
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
 
+    def phase(self, name: str) -> None:
+        """What the run does now, beside the bar."""
+        self.progress.update(self.task, phase=name)
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """A line of metrics.jsonl."""
+        check_defined(row)
+        self.metrics.write(row)
+        self.sinks.write(row)
+
     def step(self, step: int, metrics: Mapping[str, float], times: Mapping[str, float]) -> None:
         """`times` is what may differ between equal runs: seconds, restarts, how rows were batched, what the pools of
         sandboxes did."""
-        self.metrics.write({"step": step, **metrics, **times})
+        row = {"step": step, **metrics, **times}
+        self.write(row)
         self.progress.update(self.task, completed=step + 1)
         unjudged = metrics["sandbox/infra_error_frac"]
         seconds = sum(v for k, v in times.items() if k.startswith("time/"))
@@ -61,9 +97,14 @@ class Telemetry:
             f"kl {metrics['loss/kl']:.4f}  grad {metrics['optim/grad_norm']:.3f}  {seconds:.1f}s"
             + (f"  not judged {100 * unjudged:.1f}%" if unjudged else "")
         )
+        self.rows.append(row)
+        for advice in advise(list(self.rows)):
+            if step - self.advised.get(advice.about, -AGAIN) >= AGAIN:
+                self.advised[advice.about] = step
+                self.say(f"advice: {advice.text}")
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.metrics.write({"step": step, **metrics})
+        self.write({"step": step, **metrics})
         self.say(
             "  ".join([f"step {step + 1:>4}/{self.num_steps}", *(f"{k} {100 * v:.1f}%" for k, v in metrics.items())])
         )
@@ -78,50 +119,91 @@ class Telemetry:
         self.say(f"{when}: " + "  ".join(f"{key} {100 * r.pass_at(1):.1f}%" for key, r in rates.items()))
 
 
+SHOWN = {
+    "model": "the policy",
+    "best": "the best by evaluation",
+    "adapter": "its adapters",
+    METRICS: "a line per step",
+    CURVES: "how it went",
+    "tensorboard": "tensorboard --logdir {path}",
+    "rollouts": "every completion",
+    "quarantine.jsonl": "problems left out",
+    "failed_batches": "of skipped optimizer steps",
+    "stalls": "where somebody was stuck",
+}
+
+
+def summary(folder: Path) -> Iterator[str]:
+    """A line for each of the things that a run has left in its folder."""
+    yield f"{folder} holds"
+    for name, what in SHOWN.items():
+        if (path := folder / name).exists():
+            yield f"  {name + '/' * path.is_dir():<18}{what.format(path=path)}"
+
+
 class SupervisedTelemetry(Telemetry):
     """Of a supervised stage, whose steps are many and short and whose workers write metrics.jsonl: follows that file from a
-    thread of its own and says a line now and then."""
+    thread of its own, passes its lines on to the sinks, and says one now and then."""
 
     POLL_S = 0.5
 
     def __enter__(self) -> Self:
         self.told = self.stalls()  # and of steps, which are done again after a worker was lost
         self.last = 0  # step
+        self.inode = 0  # of the file that was read last
+        self.offset = 0  # of the line to read next
+        self.known = array("q")  # hashes of the lines before it
+        self.read(passed_on=False)  # of an earlier start
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.follow, daemon=True)
         self.thread.start()
         return super().__enter__()
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
         self.ended.set()
         self.thread.join()
-        super().__exit__(*exc_info)
+        super().__exit__(kind, *exc_info)
 
     def follow(self) -> None:
-        offset = self.metrics.path.stat().st_size if self.metrics.path.exists() else 0
         while not self.ended.wait(self.POLL_S):
-            offset = self.read(offset)
+            self.read()
             for file in sorted(self.stalls() - self.told):
                 self.told.add(file)
                 self.say(f"a worker was stuck and has been ended; its stacks: {file}")
-        self.read(offset)
+        self.read()
 
     def stalls(self) -> set[str]:
         """Reports of the workers' watchdogs."""
         return {str(file) for file in (self.folder / "stalls").glob("*.txt")}
 
-    def read(self, offset: int) -> int:
-        """Show whole lines from a byte on; where the next one begins. A file that has become shorter was cut back."""
-        file = self.metrics.path
-        size = file.stat().st_size if file.exists() else 0
-        with file.open("rb") if size > offset else io.BytesIO() as lines:
-            lines.seek(offset)
+    def read(self, *, passed_on: bool = True) -> None:
+        """Whole lines that have come since. To cut the file makes a new one of its name, which begins with lines of the old."""
+        with suppress(FileNotFoundError), self.metrics.path.open("rb") as lines:
+            found = os.fstat(lines.fileno())
+            if found.st_ino != self.inode or found.st_size < self.offset:
+                self.inode = found.st_ino
+                self.skip_known(lines)
+            lines.seek(self.offset)
             for line in lines:
-                if line.endswith(b"\n"):
-                    offset += len(line)
-                    with suppress(ValueError):  # the rest of a line, of a file that was cut and has grown again since
-                        self.show(json.loads(line))
-        return min(offset, size)
+                if not line.endswith(b"\n"):
+                    break
+                self.offset += len(line)
+                self.known.append(hash(line))
+                if passed_on:
+                    row = json.loads(line)
+                    check_defined(row)
+                    self.sinks.write(row)
+                    self.show(row)
+
+    def skip_known(self, lines: Iterable[bytes]) -> None:
+        """Move to the first line of a new file that is another one than in the old."""
+        self.offset = kept = 0
+        for line, known in zip(lines, self.known, strict=False):
+            if hash(line) != known:
+                break
+            self.offset += len(line)
+            kept += 1
+        del self.known[kept:]
 
     def show(self, row: Mapping[str, float]) -> None:
         step = int(row["step"]) + 1
@@ -172,6 +254,7 @@ def pool_metrics(
     """What the reward workers' pools of sandboxes did in a time: sums, and means over that time for each worker. Workers that
     did not answer (None) are left out, and those that have left or joined since count from zero or not at all."""
     metrics = {"pool/workers": 0, "pool/cpu_ms": 0.0, "pool/infra_errors": 0, "pool/restarts": 0}
+    errors: Counter[str] = Counter()  # by class
     for worker, (old, new) in enumerate(zip_longest(before, after)):
         if new is None:
             continue
@@ -179,8 +262,11 @@ def pool_metrics(
         if old is not None and new.busy_s < old.busy_s:
             old = None  # a new worker counts from zero
         metrics["pool/cpu_ms"] += new.cpu_ms - (old.cpu_ms if old else 0)
-        metrics["pool/infra_errors"] += sum(new.errors.values()) - (sum(old.errors.values()) if old else 0)
+        errors.update(new.errors)
+        errors.subtract(old.errors if old else {})
         metrics["pool/restarts"] += new.restarts - (old.restarts if old else 0)
         metrics[f"pool/{worker}/busy_slots"] = (new.busy_s - (old.busy_s if old else 0)) / seconds
         metrics[f"pool/{worker}/queue_depth"] = (new.waited_s - (old.waited_s if old else 0)) / seconds
+    metrics["pool/infra_errors"] = errors.total()
+    metrics |= {f"pool/errors/{name}": number for name, number in errors.items() if number}
     return {name: round(value, 4) for name, value in metrics.items()}

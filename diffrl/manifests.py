@@ -20,7 +20,7 @@ from diffrl.files import write_json
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
-IGNORED = ("run_dir", "model.path", "model.known_as", "ray.address")  # say where, not what
+IGNORED = ("run_dir", "model.path", "model.known_as", "ray.address", "telemetry")  # say where, not what
 Action = Literal["skip", "evaluate", "resume", "run"]
 
 

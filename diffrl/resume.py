@@ -12,7 +12,7 @@ from typing import Any, Literal
 from diffrl.config import AnyConfig
 
 FREE = (
-    *("run_dir", "ray", "checkpoint", "supervision", "sync", "judge"),
+    *("run_dir", "ray", "checkpoint", "supervision", "sync", "judge", "telemetry"),
     *("rollout.num_workers", "rollout.cpus_per_worker", "rollout.gpus_per_worker", "rollout.labels"),
     *("rollout.max_tokens_per_batch", "reference.num_workers", "reference.cpus", "reference.gpus", "reference.labels"),
     *("learner.cpus_per_rank", "learner.gpus_per_rank", "learner.labels", "learner.placement", "learner.keep_batches"),

@@ -147,7 +147,7 @@ def git_commit() -> str | None:
 
 class MetricsFile:
     """metrics.jsonl: a line per step and per evaluation, keys sorted. Equal seeds and configs give equal lines, apart
-    from `time/*`, `restarts/*`, `memory/*` and `pool/*`.
+    from the metrics that diffrl/metrics.py says vary.
 
     Cutting it makes a new file of that name, so an earlier start of the run that has it open writes where nobody reads.
     """

@@ -1,7 +1,7 @@
 """One strict model per stage. Files are read by `diffrl.config_file.load_config`.
 
 base.py: what all stages share; supervised.py: pretrain, midtrain, sft; rl.py, and supervision.py: how its workers are
-watched.
+watched; telemetry.py: where metrics go.
 """
 
 from collections.abc import Mapping
@@ -20,6 +20,7 @@ from diffrl.config.supervised import (
     TrainWorkers,
 )
 from diffrl.config.supervision import SupervisionConfig
+from diffrl.config.telemetry import TelemetryConfig
 
 __all__ = [
     "STAGES",
@@ -43,6 +44,7 @@ __all__ = [
     "SupervisedConfig",
     "SupervisedOptim",
     "SupervisionConfig",
+    "TelemetryConfig",
     "TinyModel",
     "TrainWorkers",
 ]

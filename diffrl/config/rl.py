@@ -19,6 +19,7 @@ from diffrl.config.base import (
     Section,
 )
 from diffrl.config.supervision import SupervisionConfig
+from diffrl.config.telemetry import TelemetryConfig
 from diffrl.coupled_grpo import ADVANTAGES
 from diffrl.errors import is_port, one_of, require
 from diffrl.estimators import ESTIMATORS, check_estimator
@@ -332,6 +333,7 @@ class RLConfig(Section):
     report: ReportConfig | None = None
     stop: StopConfig = StopConfig()
     supervision: SupervisionConfig = SupervisionConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
     ray: RayConfig = RayConfig()
 
     @property

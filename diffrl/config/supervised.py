@@ -17,6 +17,7 @@ from diffrl.config.base import (
     Section,
     require_path,
 )
+from diffrl.config.telemetry import TelemetryConfig
 from diffrl.errors import require
 
 
@@ -142,6 +143,7 @@ class SupervisedConfig(Section):
     workers: TrainWorkers = TrainWorkers()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")

@@ -19,9 +19,9 @@ from actors.driver import Run, spread, train
 from actors.processes import place_of
 from actors.reward import RewardWorker
 from actors.rollout import RolloutWorker
-from actors.telemetry import SAMPLING_METRICS
 from diffrl.config import ModelConfig, RLConfig
 from diffrl.errors import RunStoppedError
+from diffrl.metrics import METRICS, find, undefined, varies
 from diffrl.models.folders import load_model, load_state_dict, save_model
 from diffrl.models.loading import load_policy_tokenizer
 from diffrl.rollout_store import read_all
@@ -30,13 +30,11 @@ from diffrl.types import RolloutGroup
 from tests.actors.conftest import opened, rl_config
 from tests.actors.test_elastic import until
 
-VOLATILE = ("time/", "restarts/", "memory/", "pool/", "weights/", *SAMPLING_METRICS)
-
 
 def metric_lines(run_dir: Path) -> list[str]:
     """metrics.jsonl without what may differ between equal runs."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [json.dumps({k: v for k, v in row.items() if not k.startswith(VOLATILE)}) for row in rows]
+    return [json.dumps({k: v for k, v in row.items() if not varies(k)}) for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +62,21 @@ def test_run_folder_holds_what_happened(plain_run: Path):
     assert [r["ordinal"] for r in table] == sorted(r["ordinal"] for r in table)
     run = json.loads((plain_run / "run.json").read_text())
     assert run["attempt"] == 1 and run["sandbox"] == {"backend": "process", "reason": ""}
+
+
+def test_every_metric_of_a_step_is_defined_and_written(plain_run: Path):
+    always = {metric.name for metric in METRICS if metric.stage != "supervised" and not metric.when}
+    now_and_then = {metric.name for metric in METRICS if metric.when}
+    for row in (json.loads(line) for line in (plain_run / "metrics.jsonl").read_text().splitlines()):
+        assert undefined(row) == []
+        names = {found[0].name for found in map(find, row.keys() - {"step"}) if found}
+        assert names - now_and_then == always
+        assert 0 <= row["idle/rollout_frac"] < 1 and row["calls/judge_max_s"] >= row["calls/judge_p50_s"] > 0
+        parts = [value for key, value in row.items() if key.startswith("reward/part/")]
+        assert sum(parts) == pytest.approx(row["reward/mean"]) and len(parts) == 2
+        assert row["group/pass@1"] == pytest.approx(row["reward/solved_frac"]) and row["views/coverage"] == 1.0
+    assert (plain_run / "curves.png").stat().st_size > 10_000
+    assert len(list((plain_run / "tensorboard").iterdir())) == 1
 
 
 def test_first_step_is_on_policy(plain_run: Path):
