@@ -16,7 +16,12 @@ from typing import Any
 CHROMIUM = "chromium"
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-extensions"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage", "--remote-debugging-pipe"),
+    *(
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-dev-shm-usage",
+        "--remote-debugging-pipe",
+    ),
 )
 KEYS = {
     " ": ("Space", 32),
@@ -50,7 +55,9 @@ class Browser:
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
         number = next(self.numbers)
-        message = {"id": number, "method": method, "params": params} | ({"sessionId": self.session} if self.session else {})
+        message = {"id": number, "method": method, "params": params} | (
+            {"sessionId": self.session} if self.session else {}
+        )
         os.write(self.commands, json.dumps(message).encode() + b"\0")
         while True:
             answer = self.read()
@@ -147,7 +154,15 @@ def chromium() -> Iterator[Browser]:
     answers, to_write = os.pipe()
     with tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as folder:
         # the browser reads commands from descriptor 3 and answers to 4
-        line = ["sh", "-c", f'exec "$0" "$@" 3<&{to_read} 4>&{to_write}', path, *FLAGS, f"--user-data-dir={folder}", "about:blank"]
+        line = [
+            "sh",
+            "-c",
+            f'exec "$0" "$@" 3<&{to_read} 4>&{to_write}',
+            path,
+            *FLAGS,
+            f"--user-data-dir={folder}",
+            "about:blank",
+        ]
         with open(os.devnull, "w") as nowhere:
             process = subprocess.Popen(
                 line, pass_fds=(to_read, to_write), stdout=nowhere, stderr=nowhere, env=os.environ | {"HOME": folder}

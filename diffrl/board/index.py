@@ -127,17 +127,17 @@ def read_chunk(path: Path, step: int, code_of: Callable[[str], int]) -> Chunk:
     stamp = stamp_of(path)
     notes = []
     try:
-        with pq.ParquetFile(path, read_dictionary=["problem_id"]) as file:
+        with pq.ParquetFile(path) as file:
             there = set(file.schema_arrow.names)
             version = (file.schema_arrow.metadata or {}).get(VERSION_KEY, b"none").decode("ascii", "replace")
             if version != SCHEMA_VERSION:
                 notes.append(f"{path.name}: rollout schema version {version}, this board knows {SCHEMA_VERSION}")
             if missing := [name for name in COLUMNS if name not in there]:
                 notes.append(f"{path.name}: has no column {', '.join(missing)}: shown without")
-            present = [name for name in COLUMNS if name in there]
-            batches = file.iter_batches(BATCH_ROWS, columns=present, use_threads=False) if present else ()
+            present = [name for name in COLUMNS if name in there] or file.schema_arrow.names[:1]  # which say how many rows
+            batches = file.iter_batches(BATCH_ROWS, columns=present, use_threads=False)
             parts = [columns_of(batch, step, code_of) for batch in batches]
-    except (pa.ArrowException, OSError, KeyError, TypeError) as error:
+    except (pa.ArrowException, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"{path.name}: cannot be read as Parquet ({reason}): it is being written, or the run died while it was; it is "
@@ -182,16 +182,14 @@ def columns_of(batch: pa.RecordBatch, step: int, code_of: Callable[[str], int]) 
 def problem_codes(batch: pa.RecordBatch, code_of: Callable[[str], int]) -> np.ndarray:
     if "problem_id" not in batch.schema.names:
         return np.full(batch.num_rows, code_of("?"), np.int32)
-    column = batch["problem_id"]
-    if not isinstance(column, pa.DictionaryArray):
-        column = column.cast(pa.string()).dictionary_encode()
+    column = batch["problem_id"].cast(pa.string()).dictionary_encode()
     codes = np.array([code_of(str(name)) for name in column.dictionary.to_pylist()] or [0], np.int32)
     return codes[column.indices.fill_null(0).to_numpy(zero_copy_only=False)]
 
 
 def verdicts(batch: pa.RecordBatch) -> np.ndarray:
     """All tests passed, some did, or how the first one ended where none did."""
-    if "statuses" not in batch.schema.names:
+    if "statuses" not in batch.schema.names or not pa.types.is_list(batch["statuses"].type):
         return np.full(batch.num_rows, UNKNOWN, np.int8)
     column = batch["statuses"]
     lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)

@@ -39,9 +39,11 @@ def step_order(step: int, step_maps: Sequence[np.ndarray], probabilities: Sequen
             continue
         time = np.empty(len(order))
         time[order] = np.arange(len(order)) / (len(order) - 1)
-        bins = np.arange(len(order)) * NUM_BINS // len(order)
-        total += np.bincount(bins, time, NUM_BINS)
-        count += np.bincount(bins, minlength=NUM_BINS)
+        if len(order) < NUM_BINS:  # a position lies in several bins
+            total, count = total + time[np.arange(NUM_BINS) * len(order) // NUM_BINS], count + 1
+        else:
+            bins = np.arange(len(order)) * NUM_BINS // len(order)
+            total, count = total + np.bincount(bins, time, NUM_BINS), count + np.bincount(bins, minlength=NUM_BINS)
     means = tuple(float(np.mean(kept)) if kept else None for kept in values)
     when = tuple(float(t / c) if c else None for t, c in zip(total, count, strict=True))
     return StepOrder(step, len(step_maps), means, when)

@@ -121,7 +121,7 @@ class Run:
         maps: dict[int, tuple[list[np.ndarray], list[np.ndarray]]] = {step: ([], []) for step in chosen}
         numbers = np.array(sorted(wanted), np.int64)
         for first, batch in batches(path, ORDERED):
-            if "step_map" not in batch.schema.names:
+            if "step_map" not in batch.schema.names or not pa.types.is_list(batch["step_map"].type):
                 return {}
             for row in numbers[(numbers >= first) & (numbers < first + batch.num_rows)].tolist():
                 length = max(0, int(chunk.columns["length"][row]))

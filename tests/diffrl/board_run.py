@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from diffrl.data.microcode import Exercise, compile_f, exercise_tests, microcode_exercises
+from diffrl.data.microcode import FAMILIES, Exercise, compile_f, exercise_tests, make_exercise, slot_values
 from diffrl.models.tiny import train_tokenizer
 from diffrl.prompts import format_score
 from diffrl.rewards import RECIPE_WEIGHTS, total_reward
@@ -46,13 +46,13 @@ class Shape:
 
 @lru_cache(maxsize=1)
 def tokenizer() -> PreTrainedTokenizerFast:
-    texts = [text for exercise in exercises()[:400] for text in (fenced(exercise.solution), exercise.prompt)]
-    return train_tokenizer(texts, 700)
+    texts = [text for exercise in exercises() for text in (fenced(exercise.solution), exercise.prompt)]
+    return train_tokenizer(texts, 600)
 
 
 @lru_cache(maxsize=1)
 def exercises() -> tuple[Exercise, ...]:
-    return microcode_exercises("train")
+    return tuple(make_exercise(family, *slot_values(family)[n]) for n in (30, 7, 64) for family in FAMILIES)
 
 
 def fenced(code: str) -> str:

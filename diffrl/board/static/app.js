@@ -81,7 +81,7 @@ function frame(name, params) {
   const shown = state.runs[Number(params.run ?? 0)] ?? state.runs[0];
   document.title = `${TABS.find(([tab]) => tab === (PARENT[name] ?? name))[1]} · ${shown.name.split("/").at(-1)} · diffrl board`;
   const which = at("which");
-  which.hidden = state.runs.length < 2 || name === "compare" || name === "overview";
+  which.hidden = state.runs.length < 2 || ["compare", "overview", "order"].includes(name);
   replace(which, state.runs.map((one, n) => h("option", { value: String(n), selected: one === shown }, context.names()[n])));
   const reading = shown.read < shown.files ? ` · reading file ${number(shown.read)} of ${number(shown.files)}` : "";
   const looking = shown.unscanned ? ` · texts of ${number(shown.unscanned)} files still to be looked at` : "";

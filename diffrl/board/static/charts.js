@@ -1,8 +1,9 @@
 // Curves as SVG, maps as canvas. A chart says in words what it shows, for those who do not see it.
 
 import { h, number, svg } from "./dom.js";
-import { cividis } from "./colors.js";
+import { viridis } from "./colors.js";
 
+const COMPACT = new Intl.NumberFormat("en", { notation: "compact" });
 const W = 380, H = 190, LEFT = 46, RIGHT = 10, TOP = 10, BOTTOM = 24;
 
 function ticks(low, high, count) {
@@ -29,11 +30,11 @@ export function lineChart(title, series, tools) {
   const [y0, y1] = extent(kept.flatMap((one) => one.y), 0.06);
   const px = (x) => LEFT + (W - LEFT - RIGHT) * (x - x0) / (x1 - x0);
   const py = (y) => H - BOTTOM - (H - TOP - BOTTOM) * (y - y0) / (y1 - y0);
-  const words = kept.map((one) => `${one.name}: ${number(one.y[0])} to ${number(one.y.at(-1))}`).join("; ") || "nothing yet";
+  const words = kept.map((one) => `${one.name}: ${number(short(one.y[0]))} to ${number(short(one.y.at(-1)))}`).join("; ") || "nothing yet";
   const picture = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `${title}; ${words}`, class: "chart" });
-  for (const y of ticks(y0, y1, 4)) {
+  for (const y of ticks(y0, y1, 5)) {
     picture.append(svg("line", { class: "grid", x1: LEFT, x2: W - RIGHT, y1: py(y), y2: py(y) }),
-      svg("text", { class: "tick", x: LEFT - 6, y: py(y) + 3.5, "text-anchor": "end" }, number(y, 4)));
+      svg("text", { class: "tick", x: LEFT - 6, y: py(y) + 3.5, "text-anchor": "end" }, Math.abs(y) >= 1e4 ? COMPACT.format(y) : String(y)));
   }
   for (const x of ticks(x0, x1, 5)) {
     if (Number.isInteger(x)) picture.append(svg("text", { class: "tick", x: px(x), y: H - 7, "text-anchor": "middle" }, number(x)));
@@ -71,8 +72,10 @@ export function lineChart(title, series, tools) {
   return h("figure", { class: "card" }, h("figcaption", {}, h("span", {}, title), tools ?? null), picture, readout);
 }
 
+const short = (value) => (value === undefined || value === null ? null : +value.toPrecision(4));
+
 function said(series, value) {
-  return series.map((one) => (series.length > 1 ? `${one.name} ` : "") + number(value(one) ?? null, 4)).join(" · ");
+  return series.map((one) => (series.length > 1 ? `${one.name} ` : "") + number(short(value(one)))).join(" · ");
 }
 
 function last(series) {
@@ -92,7 +95,7 @@ export function heatmap(title, words, steps, columns, bins) {
   const context = canvas.getContext("2d");
   columns.forEach((column, x) => column.forEach((value, bin) => {
     if (value === null) return;
-    context.fillStyle = `rgb(${cividis(value).join(",")})`;
+    context.fillStyle = `rgb(${viridis(value).join(",")})`;
     context.fillRect(x, bin, 1, 1);
   }));
   const readout = h("p", { class: "readout" }, "point at the map to read it");

@@ -1,12 +1,12 @@
-// Cividis (Nuñez, Anderton, Renslow 2018): rises evenly in brightness and reads alike with any colour vision.
+// Viridis (Smith, van der Walt 2015): rises evenly in brightness, so it reads with any colour vision and in print.
 
-const CIVIDIS = [[0, 34, 78], [18, 53, 112], [59, 73, 108], [87, 93, 109], [112, 113, 115], [138, 134, 120], [165, 156, 116],
-  [195, 179, 105], [225, 204, 85], [254, 232, 56]];
+const VIRIDIS = [[68, 1, 84], [72, 40, 120], [62, 73, 137], [49, 104, 142], [38, 130, 142], [31, 158, 137], [53, 183, 121],
+  [110, 206, 88], [181, 222, 43], [253, 231, 37]];
 
-export function cividis(share) {
-  const at = Math.min(1, Math.max(0, share)) * (CIVIDIS.length - 1);
-  const low = Math.min(CIVIDIS.length - 2, Math.floor(at));
-  return CIVIDIS[low].map((value, n) => Math.round(value + (CIVIDIS[low + 1][n] - value) * (at - low)));
+export function viridis(share) {
+  const at = Math.min(1, Math.max(0, share)) * (VIRIDIS.length - 1);
+  const low = Math.min(VIRIDIS.length - 2, Math.floor(at));
+  return VIRIDIS[low].map((value, n) => Math.round(value + (VIRIDIS[low + 1][n] - value) * (at - low)));
 }
 
 export const css = (rgb) => `rgb(${rgb.join(" ")})`;

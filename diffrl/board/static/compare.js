@@ -1,6 +1,6 @@
 // Two runs: the same problem at the same step, completion by completion. Their curves stand side by side in the overview.
 
-import { h, labelled, link, number, pager, replace } from "./dom.js";
+import { h, labelled, link, number, pager, replace, signed } from "./dom.js";
 import { lineChart } from "./charts.js";
 import { rolloutLink, verdict } from "./table.js";
 
@@ -25,6 +25,7 @@ export function compare(root, board) {
     const one = params.step === undefined ? await board.get("pairs", params) : await board.get("pair", params);
     if (!fresh()) return;
     const names = board.names();
+    curves.hidden = form.hidden = params.step !== undefined;
     replace(legend, names.map((name, n) => h("span", { class: `key curve-${n}` }, name)), h("a", { href: link("overview") }, "all curves"));
     replace(curves, CURVES.filter((name) => answer.names.includes(name)).map((name) => lineChart(name,
       answer.runs.map((run, n) => ({ name: names[n], ...(run[name] ?? { x: [], y: [] }) })))));
@@ -40,7 +41,7 @@ function list(answer, params, names) {
     h("tbody", {}, answer.rows.map((row) => h("tr", {}, h("td", {}, number(row.step)),
       h("td", {}, h("a", { href: link("compare", { problem: row.problem, step: row.step }) }, row.problem)),
       h("td", {}, number(row.first)), h("td", {}, number(row.second)),
-      h("td", {}, row.first === null || row.second === null ? "–" : number(row.second - row.first)))))),
+      h("td", {}, row.first === null || row.second === null ? "–" : signed(row.second - row.first)))))),
   pager("compare", params, answer.page, answer.num_pages, answer.total, "pairs")];
 }
 
@@ -49,7 +50,7 @@ function pair(answer, names) {
   const size = Math.max(first.rows.length, second.rows.length);
   const cell = (row, run) => (row ? h("article", { class: "card sibling" },
     h("h3", {}, h("a", { href: rolloutLink(row, { run: run || "" }) }, `sample ${row.sample}`), verdict(row.verdict)),
-    h("p", { class: "advantage" }, `reward ${number(row.reward)} · advantage ${row.advantage === null ? "–" : row.advantage.toFixed(2)}`),
+    h("p", { class: "advantage" }, `reward ${number(row.reward)} · advantage ${signed(row.advantage)}`),
     h("pre", { tabIndex: 0, "aria-label": `${names[run]}, sample ${row.sample}` }, row.completion ?? "not recorded"))
     : h("p", { class: "empty" }, "no rollout"));
   return [h("div", { class: "row" }, h("h2", {}, `${answer.problem}, step ${number(answer.step)}`), h("a", { class: "button", href: link("compare") }, "all pairs")),

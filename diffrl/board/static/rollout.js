@@ -1,8 +1,8 @@
 // One rollout in full: its denoising replayed, tests, reward, siblings.
 
-import { h, link, number, replace } from "./dom.js";
+import { h, link, number, replace, signed } from "./dom.js";
 import { scale } from "./charts.js";
-import { cividis, css, ink } from "./colors.js";
+import { viridis, css, ink } from "./colors.js";
 import { flags, rewardBar, rolloutLink, verdict } from "./table.js";
 
 const FRAME_MS = 160, LONGEST_MS = 12000;
@@ -50,8 +50,8 @@ function page(root, board, params, answer) {
   replace(root,
     h("div", { class: "row" }, h("h1", {}, row.problem, h("small", {}, ` step ${number(row.step)} · sample ${number(row.sample)}`)),
       h("span", { class: "beside" }, beside(neighbours.previous, "↑ k"), beside(neighbours.next, "↓ j"))),
-    h("p", { class: "lead" }, verdict(row.verdict), " ", flags(row.flags, board.state().heuristics), " ",
-      h("a", { href: link("problem", { ...run, id: row.problem }) }, "this problem over time"), " · ",
+    h("p", { class: "lead links" }, verdict(row.verdict), flags(row.flags, board.state().heuristics),
+      h("a", { href: link("problem", { ...run, id: row.problem }) }, "this problem over time"),
       h("a", { href: link("rollouts", { ...run, problem: row.problem, step_min: row.step, step_max: row.step }) }, "its rollouts of this step")),
     h("div", { class: "split" },
       h("div", {},
@@ -74,7 +74,7 @@ function sibling(row, own, params) {
   bar.style.left = `${share < 0 ? 50 + share * 50 : 50}%`;
   return h("article", { class: "card sibling", "aria-current": row.key === own ? "true" : null },
     h("h3", {}, h("a", { href: rolloutLink(row, params) }, `sample ${row.sample}`), verdict(row.verdict)),
-    h("p", { class: "advantage" }, `reward ${number(row.reward)} · advantage ${row.advantage === null ? "–" : row.advantage.toFixed(2)}`,
+    h("p", { class: "advantage" }, `reward ${number(row.reward)} · advantage ${signed(row.advantage)}`,
       h("span", { class: "advantage-bar", "aria-hidden": "true" }, bar)),
     pre(row.completion ?? "not recorded", { "aria-label": `completion of sample ${row.sample}` }));
 }
@@ -89,7 +89,7 @@ function reward(row, weights) {
   };
   return h("section", { class: "card" }, h("h2", {}, "Reward"), row.valid ? [
     rewardBar(row.reward), h("table", { class: "small" }, h("tbody", {}, names.map(line))),
-    h("p", { class: "hint" }, `advantage ${number(row.advantage)} against the siblings` + (Object.keys(weights).length ? ""
+    h("p", { class: "hint" }, `advantage ${signed(row.advantage)} against the siblings` + (Object.keys(weights).length ? ""
       : "; the run's config.yaml names no weights")),
   ] : h("p", {}, "The judge failed on this completion: it was left out of its group, and never paid 0."));
 }
@@ -149,7 +149,7 @@ function denoising(board, params, row) {
     replace(legend, by === "step" ? scale("first", "last") : scale("unsure", "sure"));
     spans.forEach((span, n) => {
       const share = by === "step" ? (frames.get(tokens.steps[n]) - 1) / Math.max(1, last - 1) : tokens.probability?.[n] ?? 0;
-      const color = cividis(share);
+      const color = viridis(share);
       span.style.setProperty("--step", css(color));
       span.style.setProperty("--ink", ink(color));
     });
@@ -206,6 +206,8 @@ function denoising(board, params, row) {
     element: h("div", {},
       h("div", { class: "player" }, play, slider, where),
       h("div", { class: "player under" }, h("label", {}, "colour by ", mode), legend),
-      code, detail, h("p", { class: "hint" }, `Hatched tokens are still masked.${window_}`)),
+      code, detail, h("p", { class: "hint" }, `Hatched tokens are still masked.${window_}`),
+      tokens.texts.join("").startsWith(row.completion ?? "") ? null
+        : plain(board, params, row, "Joined, these tokens are not the text that was judged, which is:")),
   };
 }

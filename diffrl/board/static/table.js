@@ -1,6 +1,6 @@
 // Tables of rollouts: filters and order are the address, so that every table is a link.
 
-import { h, labelled, link, number, pager, replace, select } from "./dom.js";
+import { h, labelled, link, number, pager, replace, select, signed } from "./dom.js";
 
 const COLUMNS = [["step", "Step"], ["problem", "Problem"], ["reward", "Reward"], ["advantage", "Advantage"], ["verdict", "Verdict"],
   ["staleness", "Staleness"], ["trust", "Trust"], ["length", "Tokens"], ["flags", "Suspicion"]];
@@ -33,7 +33,7 @@ function cells(row, params, heuristics) {
     step: number(row.step),
     problem: h("a", { href: rolloutLink(row, params) }, row.problem, h("small", {}, ` · sample ${number(row.sample)}`)),
     reward: rewardBar(row.reward),
-    advantage: row.advantage === null ? "–" : `${row.advantage >= 0 ? "+" : "−"}${Math.abs(row.advantage).toFixed(2)}`,
+    advantage: signed(row.advantage),
     verdict: verdict(row.verdict),
     staleness: number(row.staleness),
     trust: h("span", { class: row.trust === "low" ? "flag" : "" }, row.trust),
