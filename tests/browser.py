@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -33,6 +34,15 @@ KEYS = {
     "ArrowLeft": ("ArrowLeft", 37),
     "ArrowRight": ("ArrowRight", 39),
 }
+
+
+# the browser reads commands from descriptor 3 and answers to 4
+LAUNCHER = """import fcntl, os, sys
+to_read, to_write = (fcntl.fcntl(int(text), fcntl.F_DUPFD, 10) for text in sys.argv[1:3])
+os.dup2(to_read, 3)
+os.dup2(to_write, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class BrowserError(Exception):
@@ -153,16 +163,8 @@ def chromium() -> Iterator[Browser]:
     to_read, commands = os.pipe()
     answers, to_write = os.pipe()
     with tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as folder:
-        # the browser reads commands from descriptor 3 and answers to 4
-        line = [
-            "sh",
-            "-c",
-            f'exec "$0" "$@" 3<&{to_read} 4>&{to_write}',
-            path,
-            *FLAGS,
-            f"--user-data-dir={folder}",
-            "about:blank",
-        ]
+        options = [*FLAGS, f"--user-data-dir={folder}", "about:blank"]
+        line = [sys.executable, "-ISc", LAUNCHER, str(to_read), str(to_write), path, *options]
         with open(os.devnull, "w") as nowhere:
             process = subprocess.Popen(
                 line, pass_fds=(to_read, to_write), stdout=nowhere, stderr=nowhere, env=os.environ | {"HOME": folder}

@@ -134,7 +134,9 @@ def read_chunk(path: Path, step: int, code_of: Callable[[str], int]) -> Chunk:
                 notes.append(f"{path.name}: rollout schema version {version}, this board knows {SCHEMA_VERSION}")
             if missing := [name for name in COLUMNS if name not in there]:
                 notes.append(f"{path.name}: has no column {', '.join(missing)}: shown without")
-            present = [name for name in COLUMNS if name in there] or file.schema_arrow.names[:1]  # which say how many rows
+            present = [name for name in COLUMNS if name in there] or file.schema_arrow.names[
+                :1
+            ]  # which say how many rows
             batches = file.iter_batches(BATCH_ROWS, columns=present, use_threads=False)
             parts = [columns_of(batch, step, code_of) for batch in batches]
     except (pa.ArrowException, OSError) as error:

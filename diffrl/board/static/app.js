@@ -123,7 +123,10 @@ function key(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || at("keys").open) return;
   const typing = event.target.closest?.("input:not([type=range]), select, textarea");
   if (typing) {
-    if (event.key === "Escape") typing.blur();
+    if (event.key === "Escape") {
+      event.preventDefault(); // a search field would forget what it holds
+      typing.blur();
+    }
     return;
   }
   if (current?.key?.(event)) return event.preventDefault();

@@ -84,13 +84,18 @@ function tableOf(view, fixed, above) {
     const body = h("div", { class: "table-box" });
     const head = above(root, board);
     root.append(h("details", { class: "filter-box", open: matchMedia("(min-width: 700px)").matches }, h("summary", {}, "Filters"), form), body);
-    let chosen = 0, pages = [1, 1];
+    let chosen = 0, begun = false, pages = [1, 1];
     const links = () => [...body.querySelectorAll("tbody a")];
-    const mark = (move) => {
+    const choose = (n) => {
       const rows = links();
-      if (!rows.length) return;
-      chosen = Math.min(rows.length - 1, Math.max(0, chosen + move));
-      rows.forEach((row, n) => row.closest("tr").toggleAttribute("data-chosen", n === chosen));
+      chosen = Math.min(rows.length - 1, Math.max(0, n));
+      rows.forEach((row, n) => row.closest("tr").toggleAttribute("data-chosen", begun && n === chosen));
+      return rows;
+    };
+    const mark = (move) => {
+      const rows = choose(begun ? chosen + move : 0);
+      begun = true;
+      if (!choose(chosen).length) return;
       rows[chosen].focus({ preventScroll: true });
       rows[chosen].closest("tr").scrollIntoView({ block: "nearest" });
     };
@@ -119,15 +124,14 @@ function tableOf(view, fixed, above) {
       ] : h("p", { class: "empty" }, board.state().runs.every((run) => run.rollouts === 0) ? "No rollouts yet: they appear here as steps are written."
         : fixed.flag ? "Nothing suspicious passes these filters." : "No rollout passes these filters."));
       if (focused >= 0) links()[Math.min(focused, links().length - 1)]?.focus({ preventScroll: true });
-      chosen = Math.min(chosen, Math.max(0, answer.rows.length - 1));
+      choose(chosen);
     }
-    let begun = false;
     return {
       update,
       key(event) {
         const params = board.params(), [page, num] = pages;
         const move = { j: 1, k: -1 }[event.key];
-        if (move) { mark(begun ? move : 0); begun = true; return true; }
+        if (move) { mark(move); return true; }
         const turn = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
         if (turn && page + turn >= 1 && page + turn <= num) { chosen = 0; begun = false; board.go(view, { ...params, page: page + turn }); return true; }
         return false;
