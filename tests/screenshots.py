@@ -1,5 +1,6 @@
-"""Two pictures of the rollout board for README, of a synthetic run or of the runs named: `python -m tests.screenshots [RUN [RUN2]]`."""
+"""Two pictures of the rollout board for README, of synthetic runs or others: `python -m tests.screenshots [RUN [RUN2]]`."""
 
+import contextlib
 import sys
 import tempfile
 import threading
@@ -64,10 +65,10 @@ def main() -> None:
     if sys.argv[1:]:
         pictures(sys.argv[1:])
         return
-    with tempfile.TemporaryDirectory() as folder:
-        first = make_run(Path(folder) / "synthetic" / "seed-0", SHAPE)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        first = make_run(Path("runs/synthetic"), SHAPE)
         second = make_run(
-            Path(folder) / "synthetic" / "seed-1",
+            Path("runs/other"),
             Shape(steps=40, groups=8, group_size=8, problems=20, seed=1, gain=0.3),
         )
         pictures([str(first), str(second)])

@@ -99,7 +99,7 @@ class Snapshot:
 
 def snapshot_of(version: int, chunks: Sequence[Chunk], problems: Sequence[str]) -> Snapshot:
     newest_first = list(reversed(chunks))
-    columns = {
+    columns: dict[str, np.ndarray] = {
         name: np.concatenate([np.empty(0, dtype), *(chunk.columns[name] for chunk in newest_first)])
         for name, dtype in DTYPES.items()
         if name != "file"
@@ -146,7 +146,9 @@ def read_chunk(path: Path, step: int, code_of: Callable[[str], int]) -> Chunk:
             "read as soon as it changes"
         ) from None
     names = [name for name in DTYPES if name not in ("file", "row")]
-    columns = {name: np.concatenate([np.empty(0, DTYPES[name]), *(part[name] for part in parts)]) for name in names}
+    columns: dict[str, np.ndarray] = {
+        name: np.concatenate([np.empty(0, DTYPES[name]), *(part[name] for part in parts)]) for name in names
+    }
     columns["row"] = np.arange(len(columns["step"]), dtype=np.int32)
     return Chunk(path, stamp, columns, tuple(notes))
 

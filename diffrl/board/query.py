@@ -78,11 +78,29 @@ def ordered(snapshot: Snapshot, query: Query) -> np.ndarray:
         assert isinstance(known, np.ndarray)
         return known
     rows = selected(snapshot, query)
-    rows = rows[np.argsort(sort_keys(snapshot, sort)[rows] * (1 if direction == "asc" else -1), kind="stable")]
+    rows = in_order(sort_keys(snapshot, sort)[rows], rows, falling=direction == "desc")
     if len(snapshot.caches) >= MAX_KEPT:
         snapshot.caches.clear()
-    snapshot.caches[key] = rows.astype(np.int32)
+    snapshot.caches[key] = rows
     return rows
+
+
+def in_order(values: np.ndarray, rows: np.ndarray, *, falling: bool) -> np.ndarray:
+    """Rows by their values (int32 or float32), NaN last, equal ones in their order: as a stable argsort, only faster.
+    Value and place are packed into one integer each, and integers are sorted."""
+    if values.dtype == np.float32:
+        bits = (values + np.float32(0)).view(np.int32)  # -0.0 becomes 0.0
+        keys = bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))  # in the order of the floats
+    else:
+        keys = values.astype(np.int32)
+    keys = ~keys if falling else keys
+    if values.dtype == np.float32:
+        keys = np.where(np.isnan(values), np.int32(0x7FFFFFFF), keys)
+    packed = keys.astype(np.int64) << 32
+    packed |= np.arange(len(rows))
+    packed.sort()
+    packed &= 0xFFFFFFFF
+    return rows[packed].astype(np.int32)
 
 
 def sort_keys(snapshot: Snapshot, sort: str) -> np.ndarray:

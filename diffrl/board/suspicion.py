@@ -72,18 +72,23 @@ def flags_of(prompts: pa.Array, completions: pa.Array, low_trust: np.ndarray, pa
     flags[low_trust] |= BITS["low_trust"]
     paid = np.flatnonzero(pass_rate > 0)
     texts = completions.take(pa.array(paid)).fill_null("")
-    branches = pc.count_substring_regex(texts, BRANCHES).to_numpy()
-    hard = (branches >= MIN_BRANCHES) | pc.match_substring_regex(texts, TABLE).to_numpy(zero_copy_only=False)
+    hard = (matched("count_substring_regex", texts, BRANCHES) >= MIN_BRANCHES) | matched(
+        "match_substring_regex", texts, TABLE
+    )
     flags[paid[hard]] |= BITS["hard_coded"]
-    reaching = pc.match_substring_regex(texts, REACHING).to_numpy(zero_copy_only=False)
-    flags[paid[reaching]] |= BITS["reaching"]
-    shown = pc.match_substring(prompts.take(pa.array(paid)).fill_null(""), "assert ").to_numpy(zero_copy_only=False)
+    flags[paid[matched("match_substring_regex", texts, REACHING)]] |= BITS["reaching"]
+    shown = matched("match_substring", prompts.take(pa.array(paid)).fill_null(""), "assert ")
     for row in paid[shown]:
         code = completions[row].as_py() or ""
         if any(holds_test(code, arguments, expected) for arguments, expected in shown_tests(prompts[row].as_py())):
             flags[row] |= BITS["special_cased"]
     flags[~(pass_rate > 0)] = 0
     return flags
+
+
+def matched(function: str, texts: pa.Array, pattern: str) -> np.ndarray:
+    found = pc.call_function(function, [texts], pc.MatchSubstringOptions(pattern))
+    return found.to_numpy(zero_copy_only=False)
 
 
 @lru_cache(maxsize=1024)

@@ -1,8 +1,8 @@
 """The rollout board over a million rollouts: `make bench-board`. Goals: the first page within 2 s, any filter within 3 s, memory
 of the server below 500 MB.
 
-The rollouts are those of a few real completions, with random rewards, statuses and lengths, in 20 files of 50,000 rows. The server is
-the `diffrl board` command in a process of its own; what is measured is the time of whole requests from here. Every filter is asked
+The rollouts are small programs with random rewards, statuses, lengths and orders, in 20 files of 50,000 rows. The server is the
+`diffrl board` command in a process of its own; what is measured is the time of whole requests from here. Every filter is asked
 for while nothing is remembered of it, first while the server looks at texts in the background, then when it is done.
 """
 

@@ -23,6 +23,7 @@ from actors.cli import board as board_command
 from diffrl import rollout_store
 from diffrl.board import index, orders, suspicion
 from diffrl.board.api import Board
+from diffrl.board.query import in_order
 from diffrl.board.reading import token_texts
 from diffrl.board.run import open_run
 from diffrl.board.server import BoardOptions, BoardServer, open_board, token_for
@@ -143,6 +144,17 @@ def test_order_and_pages(run_folder, sort, direction):
     assert values == sorted(values, reverse=direction == "desc")
     assert [row[sort] for row in rows][: len(values)] == values  # what has no value stands last
     assert ask(board, "rollouts", size=15, page=99)["page"] == 4
+
+
+@pytest.mark.parametrize("falling", [False, True])
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_the_order_is_that_of_a_stable_sort(kind, falling):
+    values = np.random.default_rng(0).integers(-5, 5, 999).astype(kind)
+    if kind is np.float32:
+        values[::7], values[::11], values[::13] = np.nan, -0.0, np.inf
+    rows = np.arange(999) * 3
+    expected = rows[np.argsort(-values if falling else values, kind="stable")]
+    assert in_order(values, rows, falling=falling).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize(

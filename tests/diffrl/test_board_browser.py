@@ -108,6 +108,15 @@ TOTAL = "document.querySelector('.pager')?.textContent.includes('{} rollouts')"
 TABLE = "document.querySelectorAll('.rollouts tbody tr').length > 0"
 TOKENS = "document.querySelectorAll('.tok').length > 3"
 ROLLOUT = "rollout?step=7&ordinal=28&sample=1"
+PLACES = {
+    "overview": "document.querySelectorAll('.chart').length > 4",
+    "rollouts": TABLE,
+    ROLLOUT: TOKENS,
+    "suspicious": TABLE,
+    "problems": "document.querySelectorAll('.problems tbody tr').length > 0",
+    "order": "document.querySelectorAll('canvas').length === 2",
+    "compare": "document.querySelectorAll('.problems tbody tr').length > 0",
+}
 
 
 def test_overview_has_facts_and_curves_of_both_runs(browser, url):
@@ -250,7 +259,7 @@ def test_the_keyboard_alone_finds_a_rollout(browser, url):
     browser.wait(TABLE)
     browser.key("/")
     browser.wait("document.activeElement.name === 'problem'")
-    name = text(browser, ".col-problem a").split(" ")[0]
+    name = text(browser, "td.col-problem a").split(" ")[0]
     browser.type(name)
     browser.wait("location.hash.includes('problem=')")
     browser.wait(
@@ -287,29 +296,51 @@ def test_light_and_dark(browser, url):
     assert browser.eval(paper) != light
 
 
-# of the completion's tokens against what lies behind them, the least
-CONTRAST = """(() => {
+# elements whose own text has less contrast with what lies behind it than WCAG asks of small text; masked tokens and what is off
+# are not meant to be read
+FAINT = """(() => {
   const channel = (v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
   const canvas = new OffscreenCanvas(1, 1).getContext('2d', {willReadFrequently: true});
-  const rgb = (...colors) => {
+  const light = (...colors) => {
     canvas.clearRect(0, 0, 1, 1);
     for (const c of colors) { canvas.fillStyle = c; canvas.fillRect(0, 0, 1, 1); }
-    return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map((v) => channel(v / 255)); };
-  const light = ([r, g, b]) => 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  const under = getComputedStyle(document.querySelector('.tokens')).backgroundColor;
-  return Math.min(...[...document.querySelectorAll('.tok:not(.special)')].map((e) => {
-    const style = getComputedStyle(e);
-    const [a, b] = [light(rgb(under, style.backgroundColor)), light(rgb(style.color))].sort((x, y) => y - x);
-    return (a + 0.05) / (b + 0.05);
-  }));
+    const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map((v) => channel(v / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (e) => (e ? [...behind(e.parentElement), getComputedStyle(e).backgroundColor] : []);
+  const contrast = (e) => {
+    const under = light(...behind(e)), over = light(...behind(e), getComputedStyle(e).color);
+    return (Math.max(under, over) + 0.05) / (Math.min(under, over) + 0.05);
+  };
+  const own = (e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()) && e.getClientRects().length;
+  return [...document.querySelectorAll('body *:not(svg *, .masked, .off, option, .skip, dialog *)')].filter(own)
+    .filter((e) => contrast(e) < 4.5).map((e) => `${e.outerHTML.slice(0, 90)} ${contrast(e).toFixed(2)}`);
 })()"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_tokens_can_be_read_on_their_colours(browser, url, scheme):
+def test_everything_can_be_read_and_has_a_name(browser, url, scheme):
     browser.scheme(scheme)
-    go(browser, url, ROLLOUT, TOKENS)
-    assert browser.eval(CONTRAST) >= 4.5
+    for place, until in PLACES.items():
+        go(browser, url, place, until)
+        assert browser.eval(FAINT) == [], place
+        nodes = browser.send("Accessibility.getFullAXTree")["nodes"]
+        roles = {
+            "button",
+            "link",
+            "textbox",
+            "searchbox",
+            "combobox",
+            "slider",
+            "spinbutton",
+            "image",
+            "img",
+            "Canvas",
+            "dialog",
+        }
+        asked = [n for n in nodes if not n["ignored"] and n["role"]["value"] in roles]
+        assert len(asked) > 10 and [n for n in asked if not n.get("name", {}).get("value")] == [], place
+        assert count(browser, "main h1") == 1
 
 
 # what reaches beyond a phone's window and is not within something that scrolls or is cut by itself
@@ -321,18 +352,7 @@ WIDE = """(() => {
 })()"""
 
 
-@pytest.mark.parametrize(
-    ("place", "until"),
-    [
-        ("overview", "document.querySelectorAll('.chart').length > 4"),
-        ("rollouts", TABLE),
-        (ROLLOUT, TOKENS),
-        ("suspicious", TABLE),
-        ("problems", "document.querySelectorAll('.problems tbody tr').length > 0"),
-        ("order", "document.querySelectorAll('canvas').length === 2"),
-        ("compare", "document.querySelectorAll('.problems tbody tr').length > 0"),
-    ],
-)
+@pytest.mark.parametrize(("place", "until"), PLACES.items())
 def test_a_phone_scrolls_no_page_sideways(browser, url, place, until):
     browser.size(PHONE, 800, phone=True)
     go(browser, url, place, until)
