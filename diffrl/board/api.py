@@ -4,6 +4,7 @@ LookupError for what is not there."""
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -67,20 +68,30 @@ class Board:
             "pair": self.pair,
         }
         self.ended = threading.Event()
+        self.failure: str | None = None  # of the thread that follows
 
     def start(self) -> None:
         threading.Thread(target=self.follow, daemon=True).start()
 
     def follow(self) -> None:
         """What is new is read at once; texts are looked at between, a file at a time."""
-        while not self.ended.is_set():
-            began = time.monotonic()
-            for run in self.runs:
-                run.refresh()
-            busy = True
-            while busy and time.monotonic() - began < POLL_S and not self.ended.is_set():
-                busy = any(run.scan() for run in self.runs)
-            self.ended.wait(max(0.0, POLL_S - (time.monotonic() - began)))
+        try:
+            while not self.ended.is_set():
+                began = time.monotonic()
+                with suppress(OSError):  # a folder that is moved away while it is read
+                    self.turn(began + POLL_S)
+                self.ended.wait(max(0.0, POLL_S - (time.monotonic() - began)))
+        except Exception as error:
+            self.failure = (
+                f"the board has stopped following the run ({error!r}): start it again, and please report this"
+            )
+            raise
+
+    def turn(self, until: float) -> None:
+        for run in self.runs:
+            run.refresh()
+        while time.monotonic() < until and not self.ended.is_set() and any(run.scan() for run in self.runs):
+            pass
 
     def close(self) -> None:
         self.ended.set()
@@ -108,7 +119,7 @@ class Board:
                 "files": run.num_files,
                 "read": len(run.chunks) + len(run.bad),
                 "unscanned": run.pending(),
-                "notes": run.notes,
+                "notes": [*([self.failure] if self.failure else []), *run.notes],
                 **run.facts,
             }
             for run in self.runs

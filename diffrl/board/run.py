@@ -91,8 +91,8 @@ class Run:
         """Look at the texts and orders of one file that has not been looked at, newest first; False: there is none."""
         for path, chunk in sorted(self.chunks.items(), reverse=True):
             if self.scanned.get(path) != chunk.stamp:
-                self.scanned[path] = chunk.stamp
                 self.look_at(path, chunk)
+                self.scanned[path] = chunk.stamp
                 if not self.pending():
                     self.publish(rollout_files(self.path / "rollouts"))
                 return True

@@ -451,6 +451,15 @@ def test_a_folder_that_is_no_run(tmp_path, make, said):
         open_run(str(tmp_path / "runs"))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # it is let out, too
+def test_a_thread_that_stops_is_said(run_folder, monkeypatch):
+    board = board_of(run_folder)
+    monkeypatch.setattr(board.runs[0], "refresh", lambda: 1 // 0)
+    board.start()
+    assert board.ended.wait(0.5) is False
+    assert "has stopped following the run (ZeroDivisionError" in ask(board, "state")["runs"][0]["notes"][0]
+
+
 def test_a_run_that_goes_away_is_said(own_folder):
     board = board_of(own_folder)
     shutil.rmtree(own_folder)
