@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv system engine kustomize quickstart quickstart-seeds bench-control-plane bench-judge bench-learner bench-sampler bench-sampler-frontier bench-sampler-gpu bench-staleness study-staleness bench-supervised bench-telemetry lint test test-gpu test-slow clean
+.PHONY: venv system engine kustomize browser quickstart quickstart-seeds screenshots bench-board bench-control-plane bench-judge bench-learner bench-sampler bench-sampler-frontier bench-sampler-gpu bench-staleness study-staleness bench-supervised bench-telemetry lint test test-gpu test-slow clean
 
 venv: $(STAMP)
 
@@ -41,11 +41,21 @@ engine:
 kustomize:
 	$(call debian,kubectl,kubernetes-client,tests of the Kubernetes manifests are skipped)
 
+# What opens pages in the tests.
+browser:
+	$(call debian,chromium,chromium fonts-dejavu-core,tests in a browser are skipped)
+
 quickstart: venv system
 	$(BIN)/diffrl pipeline configs/quickstart_pipeline.yaml
 
 quickstart-seeds: venv system
 	$(BIN)/python -m tests.benchmarks.quickstart_seeds
+
+screenshots: venv browser  # of the rollout board, for README
+	$(BIN)/python -m tests.screenshots
+
+bench-board: venv
+	$(BIN)/python -m tests.benchmarks.board
 
 bench-control-plane: venv system  # after make quickstart
 	$(BIN)/python -m tests.benchmarks.control_plane runs/quickstart/rl
@@ -88,7 +98,7 @@ test: lint system engine kustomize
 test-gpu: venv system
 	$(BIN)/python -m pytest -m gpu --durations=25
 
-test-slow: venv system engine kustomize
+test-slow: venv system engine kustomize browser
 	$(BIN)/python -m pytest -m slow --durations=25
 
 clean:

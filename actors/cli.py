@@ -1,4 +1,4 @@
-"""The `diffrl` command: train, replay, pipeline, submit, status, doctor, eval, generate, judge, data, sandbox, config. Bad
+"""The `diffrl` command: train, replay, pipeline, submit, status, board, doctor, eval, generate, judge, data, sandbox, config. Bad
 input is one line on stderr and exit status 2; a run that had to stop, one line and status 1. Every command imports what it needs:
 the configs alone bring torch.
 """
@@ -176,6 +176,26 @@ def status(
 
     found = words.status_of(Path(run), time.time())
     print(words.as_json(found) if as_json else words.as_text(found))
+
+
+@app.command()
+def board(
+    run: Annotated[str, typer.Argument(help="folder of a run, such as runs/quickstart/rl; it may still be going on")],
+    run2: Annotated[str | None, typer.Argument(help="another one, to compare them")] = None,
+    host: Annotated[str, typer.Option(help="address to listen on; others than loopback need a token")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: a free one")] = 8266,
+    token: Annotated[
+        str | None,
+        typer.Option(help="who reads must know it; else, beyond loopback, one is made", envvar="DIFFRL_BOARD_TOKEN"),
+    ] = None,
+    name: Annotated[list[str] | None, typer.Option(help="by which this machine is called in a browser")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="folder with tokenizer.json; else the run's own")] = None,
+) -> None:
+    """Serve the rollouts and curves of a run as web pages, read-only, and print their address."""
+    from diffrl.board.server import BoardOptions, serve
+
+    options = BoardOptions(host=host, port=port, token=token, names=tuple(name or ()), tokenizer=tokenizer)
+    serve([folder for folder in (run, run2) if folder is not None], options)
 
 
 @app.command()
