@@ -5,8 +5,9 @@ the configs alone bring torch.
 
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +15,10 @@ from diffrl.errors import ConfigError, RunStoppedError
 from sandbox.backends import DEFAULT_IMAGE, BackendOptions, read_token
 from sandbox.image.rootfs import MIRROR
 from sandbox.types import Limits, SandboxError
+
+if TYPE_CHECKING:
+    from diffrl.data.row_files import BadRow
+    from diffrl.types import Problem
 
 app = typer.Typer(
     add_completion=False,
@@ -306,6 +311,68 @@ def prepare(
     prepare_data(resolved, out, PrepareOptions(workers=workers))
 
 
+ProblemFile = Annotated[str, typer.Argument(help="file of problems; of acecode also a folder or a name on the hub")]
+FormatName = Annotated[str, typer.Option(help="problems, acecode, mbpp, humaneval, p3 or stdin")]
+DifficultyName = Annotated[str, typer.Option(help="of acecode: hard, medium, easy or all")]
+ShownTests = Annotated[int, typer.Option(help="tests shown in the prompt and not graded: 0 or 1")]
+
+
+@data.command()
+def show(
+    path: ProblemFile,
+    format: FormatName = "problems",
+    difficulty: DifficultyName = "all",
+    num_prompt_tests: ShownTests = 1,
+    limit: Annotated[int, typer.Option(help="how many", min=1)] = 1,
+    id: Annotated[str | None, typer.Option(help="this problem alone")] = None,
+) -> None:
+    """Print problems: the prompt, the graded tests, the solution."""
+    from itertools import islice
+
+    from diffrl.data.describe import chosen, shown_problem
+
+    for problem in islice(chosen(problem_items(path, format, difficulty, num_prompt_tests), id), limit):
+        print(shown_problem(problem))
+
+
+@data.command()
+def validate(
+    path: ProblemFile,
+    format: FormatName = "problems",
+    num_prompt_tests: ShownTests = 1,
+    max_bad_rows: Annotated[int, typer.Option(help="so many are all right", min=0)] = 0,
+) -> None:
+    """List every row that cannot be used: row, field, reason. Exit status 1 if there are more than --max-bad-rows."""
+    from diffrl.data.row_files import BadRow
+
+    bad = good = 0
+    for item in problem_items(path, format, "all", num_prompt_tests):
+        if isinstance(item, BadRow):
+            bad += 1
+            print(f"{item.place}\t{item.field or '-'}\t{' '.join(item.reason.split())}")
+        else:
+            good += 1
+    print(f"{path}: {good} problems, {bad} bad rows")
+    raise typer.Exit(0 if bad <= max_bad_rows else 1)
+
+
+@data.command()
+def stats(
+    path: ProblemFile,
+    format: FormatName = "problems",
+    difficulty: DifficultyName = "all",
+    num_prompt_tests: ShownTests = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """Count problems, tests, families, licences, and what cannot be used."""
+    import json
+
+    from diffrl.data.describe import stats_of, stats_text
+
+    found = stats_of(problem_items(path, format, difficulty, num_prompt_tests))
+    print(json.dumps(found) if as_json else stats_text(found))
+
+
 @data.command()
 def add_tokens(
     model: Annotated[str, typer.Argument(help="Hugging Face folder of a Qwen2 model")],
@@ -356,6 +423,21 @@ def generate(
         seed=seed,
     )
     generate_texts(sampling, prompt, file=file, infill=infill, samples=samples, save_svg=save_svg, save_html=save_html)
+
+
+def problem_items(path: str, format: str, difficulty: str, num_prompt_tests: int) -> Iterator["Problem | BadRow"]:
+    from typing import cast, get_args
+
+    from diffrl.data.acecode import Difficulty
+    from diffrl.data.problems import ReadOptions, read_problems
+
+    if difficulty not in get_args(Difficulty):
+        raise ConfigError(f"--difficulty: {difficulty!r} must be one of {', '.join(get_args(Difficulty))}")
+    try:
+        options = ReadOptions(num_prompt_tests=num_prompt_tests, difficulty=cast(Difficulty, difficulty))
+        yield from read_problems(format, path, options)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def backend_options(
