@@ -17,6 +17,7 @@ from sandbox.image.rootfs import MIRROR
 from sandbox.types import Limits, SandboxError
 
 if TYPE_CHECKING:
+    from diffrl.config import ProblemsConfig
     from diffrl.data.row_files import BadRow
     from diffrl.types import Problem
 
@@ -374,6 +375,46 @@ def stats(
 
 
 @data.command()
+def clean(
+    path: ProblemFile,
+    out: Annotated[
+        str, typer.Option(help="file for what stays: .jsonl or .parquet; OUT.findings.jsonl says what was found")
+    ],
+    format: FormatName = "problems",
+    difficulty: DifficultyName = "all",
+    num_prompt_tests: ShownTests = 1,
+    against: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE of a benchmark that must not be trained on")
+    ] = None,
+    min_share: Annotated[float, typer.Option(help="share of a benchmark's item", min=0.0, max=1.0)] = 0.3,
+    threshold: Annotated[float, typer.Option(help="similarity of near duplicates", min=0.1, max=1.0)] = 0.8,
+    runs: Annotated[int, typer.Option(help="of each problem's own solution; 0: nothing is judged", min=0)] = 3,
+    max_bad_rows: Annotated[int, typer.Option(help="rows that may be left out", min=0)] = 0,
+    backend: Backend = "auto",
+    image: Image = DEFAULT_IMAGE,
+    address: Address = None,
+    token_file: TokenFile = None,
+    allow_unisolated: AllowUnisolated = False,
+    slots: Annotated[int, typer.Option(help="programs judged at the same time", min=1)] = 2,
+) -> None:
+    """Leave out problems that copy a benchmark or each other, that are flaky, or whose own solution fails."""
+    from actors.hygiene import CleanOptions
+    from actors.hygiene import clean as clean_problems
+
+    pairs = [entry.partition("=") for entry in against or ()]
+    if wrong := [entry for entry, (name, _, file) in zip(against or (), pairs, strict=True) if not (name and file)]:
+        raise ConfigError(f"--against: {wrong[0]!r} must be NAME=FILE")
+    clean_problems(
+        problem_source(path, format, difficulty, num_prompt_tests, max_bad_rows),
+        out,
+        CleanOptions(
+            against={name: file for name, _, file in pairs}, min_share=min_share, threshold=threshold, runs=runs
+        ),
+        backend_options(backend, image, address, token_file, allow_unisolated, slots=slots),
+    )
+
+
+@data.command()
 def add_tokens(
     model: Annotated[str, typer.Argument(help="Hugging Face folder of a Qwen2 model")],
     out: Annotated[str, typer.Argument(help="new folder for the copy")],
@@ -423,6 +464,24 @@ def generate(
         seed=seed,
     )
     generate_texts(sampling, prompt, file=file, infill=infill, samples=samples, save_svg=save_svg, save_html=save_html)
+
+
+def problem_source(
+    path: str, format: str, difficulty: str, num_prompt_tests: int, max_bad_rows: int
+) -> "ProblemsConfig":
+    """The command line's words for a `data` section."""
+    from pydantic import ValidationError
+
+    from diffrl.config import ProblemsConfig
+    from diffrl.config_file import describe
+
+    raw = {"source": format, "path": path, "difficulty": difficulty, "num_prompt_tests": num_prompt_tests}
+    try:
+        return ProblemsConfig.model_validate(raw | {"max_bad_rows": max_bad_rows})
+    except ValidationError as error:
+        name, _, rest = describe(error, ProblemsConfig).partition(":")
+        option = {"source": "format"}.get(name, name.replace("_", "-"))
+        raise ConfigError(f"--{option}:{rest}") from error
 
 
 def problem_items(path: str, format: str, difficulty: str, num_prompt_tests: int) -> Iterator["Problem | BadRow"]:

@@ -35,6 +35,15 @@ def problems_of(config: ProblemsConfig, field: str = "data") -> list[Problem]:
     return problems
 
 
+def check_ids(problems: Sequence[Problem], field: str = "data") -> None:
+    """Raises ConfigError for an id that occurs twice."""
+    seen: set[str] = set()
+    for problem in problems:
+        if problem.id in seen:
+            raise ConfigError(f"{field}.path: two problems have the id {problem.id!r}; give each its own")
+        seen.add(problem.id)
+
+
 def beyond_budget(config: ProblemsConfig, row: BadRow) -> str:
     budget = f"; more than max_bad_rows {config.max_bad_rows}" if config.max_bad_rows else ""
     return f"{config.path} {row.place} (format {config.source}): {row.reason}{budget}"
