@@ -1,6 +1,6 @@
-"""The `diffrl` command: train, replay, pipeline, submit, status, doctor, eval, generate, judge, data, sandbox, config. Bad
-input is one line on stderr and exit status 2; a run that had to stop, one line and status 1. Every command imports what it needs:
-the configs alone bring torch.
+"""The `diffrl` command: train, replay, pipeline, curate, submit, status, doctor, eval, generate, judge, data, sandbox, config.
+Bad input is one line on stderr and exit status 2; a run that had to stop, one line and status 1. Every command imports what it
+needs: the configs alone bring torch.
 """
 
 import sys
@@ -132,6 +132,20 @@ def pipeline(
     from actors.pipeline import run_pipeline
 
     run_pipeline(resolved, first=first, until=until, only_plan=dry_run)
+
+
+@app.command()
+def curate(
+    config: Annotated[str, typer.Argument(help="YAML file, such as configs/curate.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as out=data/curated")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, sample nothing")] = False,
+) -> None:
+    """Let models solve problems, and split the problems by how often they do. What was done before is not done again."""
+    from actors.curate import curate as run_curate
+    from diffrl.config.curate import CurateConfig
+    from diffrl.config_file import load_as
+
+    run_curate(load_as(CurateConfig, config, overrides or []), only_check=dry_run)
 
 
 @app.command()
