@@ -145,7 +145,12 @@ def files_of(folder: Path) -> list[Path]:
 
 def is_hub_name(path: str) -> bool:
     """Such as TIGER-Lab/AceCode-87K: two parts, and nothing of that name here."""
-    return not Path(path).exists() and not path.endswith(ENDINGS) and path.count("/") == 1 and path[0] not in "./~"
+    return (
+        not Path(path).exists()
+        and not path.endswith(ENDINGS)
+        and path.count("/") == 1
+        and path[:1] not in (".", "/", "~")
+    )
 
 
 def hub_rows(name: str) -> Iterator[tuple[str, Row]]:

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffrl.config.curate import CurateConfig, CurateSft, CurateSplit
+from diffrl.config_file import load_as
 from diffrl.curation import (
     INFERENCES_SCHEMA,
     Sample,
@@ -113,3 +114,10 @@ def test_costs_and_what_a_store_depends_on(store: Store, tmp_path: Path):
 
     assert folder() == folder(url="http://b", concurrency=2, max_retries=1)  # where and how fast
     assert len({folder(), folder(temperature=0.5), folder(num_samples=3), folder(model="n"), folder(top_p=0.5)}) == 5
+
+
+def test_the_config_that_comes_along():
+    config = load_as(
+        CurateConfig, Path(__file__).parents[2] / "configs" / "curate.yaml", ["models.policy.num_samples=2"]
+    )
+    assert config.models["policy"].num_samples == 2 and config.split == CurateSplit()
