@@ -1,12 +1,13 @@
-"""The `diffrl` command: train, replay, pipeline, submit, status, board, doctor, eval, generate, judge, data, sandbox, config. Bad
-input is one line on stderr and exit status 2; a run that had to stop, one line and status 1. Every command imports what it needs:
-the configs alone bring torch.
+"""The `diffrl` command: train, replay, pipeline, curate, submit, status, board, doctor, eval, generate, judge, data, sandbox,
+config. Bad input is one line on stderr and exit status 2; a run that had to stop, one line and status 1. Every command imports what
+it needs: the configs alone bring torch.
 """
 
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +15,11 @@ from diffrl.errors import ConfigError, RunStoppedError
 from sandbox.backends import DEFAULT_IMAGE, BackendOptions, read_token
 from sandbox.image.rootfs import MIRROR
 from sandbox.types import Limits, SandboxError
+
+if TYPE_CHECKING:
+    from diffrl.config import ProblemsConfig
+    from diffrl.data.row_files import BadRow
+    from diffrl.types import Problem
 
 app = typer.Typer(
     add_completion=False,
@@ -126,6 +132,20 @@ def pipeline(
     from actors.pipeline import run_pipeline
 
     run_pipeline(resolved, first=first, until=until, only_plan=dry_run)
+
+
+@app.command()
+def curate(
+    config: Annotated[str, typer.Argument(help="YAML file, such as configs/curate.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as out=data/curated")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, sample nothing")] = False,
+) -> None:
+    """Let models solve problems, and split the problems by how often they do. What was done before is not done again."""
+    from actors.curate import curate as run_curate
+    from diffrl.config.curate import CurateConfig
+    from diffrl.config_file import load_as
+
+    run_curate(load_as(CurateConfig, config, overrides or []), only_check=dry_run)
 
 
 @app.command()
@@ -326,6 +346,108 @@ def prepare(
     prepare_data(resolved, out, PrepareOptions(workers=workers))
 
 
+ProblemFile = Annotated[str, typer.Argument(help="file of problems; of acecode also a folder or a name on the hub")]
+FormatName = Annotated[str, typer.Option(help="problems, acecode, mbpp, humaneval, p3 or stdin")]
+DifficultyName = Annotated[str, typer.Option(help="of acecode: hard, medium, easy or all")]
+ShownTests = Annotated[int, typer.Option(help="tests shown in the prompt and not graded: 0 or 1")]
+
+
+@data.command()
+def show(
+    path: ProblemFile,
+    format: FormatName = "problems",
+    difficulty: DifficultyName = "all",
+    num_prompt_tests: ShownTests = 1,
+    limit: Annotated[int, typer.Option(help="how many", min=1)] = 1,
+    id: Annotated[str | None, typer.Option(help="this problem alone")] = None,
+) -> None:
+    """Print problems: the prompt, the graded tests, the solution."""
+    from itertools import islice
+
+    from diffrl.data.describe import chosen, shown_problem
+
+    for problem in islice(chosen(problem_items(path, format, difficulty, num_prompt_tests), id), limit):
+        print(shown_problem(problem))
+
+
+@data.command()
+def validate(
+    path: ProblemFile,
+    format: FormatName = "problems",
+    num_prompt_tests: ShownTests = 1,
+    max_bad_rows: Annotated[int, typer.Option(help="so many are all right", min=0)] = 0,
+) -> None:
+    """List every row that cannot be used: row, field, reason. Exit status 1 if there are more than --max-bad-rows."""
+    from diffrl.data.row_files import BadRow
+
+    bad = good = 0
+    for item in problem_items(path, format, "all", num_prompt_tests):
+        if isinstance(item, BadRow):
+            bad += 1
+            print(f"{item.place}\t{item.field or '-'}\t{' '.join(item.reason.split())}")
+        else:
+            good += 1
+    print(f"{path}: {good} problems, {bad} bad rows")
+    raise typer.Exit(0 if bad <= max_bad_rows else 1)
+
+
+@data.command()
+def stats(
+    path: ProblemFile,
+    format: FormatName = "problems",
+    difficulty: DifficultyName = "all",
+    num_prompt_tests: ShownTests = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """Count problems, tests, families, licences, and what cannot be used."""
+    import json
+
+    from diffrl.data.describe import stats_of, stats_text
+
+    found = stats_of(problem_items(path, format, difficulty, num_prompt_tests))
+    print(json.dumps(found) if as_json else stats_text(found))
+
+
+@data.command()
+def clean(
+    path: ProblemFile,
+    out: Annotated[
+        str, typer.Option(help="file for what stays: .jsonl or .parquet; OUT.findings.jsonl says what was found")
+    ],
+    format: FormatName = "problems",
+    difficulty: DifficultyName = "all",
+    num_prompt_tests: ShownTests = 1,
+    against: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE of a benchmark that must not be trained on")
+    ] = None,
+    min_share: Annotated[float, typer.Option(help="share of a benchmark's item", min=0.0, max=1.0)] = 0.3,
+    threshold: Annotated[float, typer.Option(help="similarity of near duplicates", min=0.1, max=1.0)] = 0.8,
+    runs: Annotated[int, typer.Option(help="of each problem's own solution; 0: nothing is judged", min=0)] = 3,
+    max_bad_rows: Annotated[int, typer.Option(help="rows that may be left out", min=0)] = 0,
+    backend: Backend = "auto",
+    image: Image = DEFAULT_IMAGE,
+    address: Address = None,
+    token_file: TokenFile = None,
+    allow_unisolated: AllowUnisolated = False,
+    slots: Annotated[int, typer.Option(help="programs judged at the same time", min=1)] = 2,
+) -> None:
+    """Leave out problems that copy a benchmark or each other, that are flaky, or whose own solution fails."""
+    from actors.hygiene import CleanOptions
+    from actors.hygiene import clean as clean_problems
+
+    pairs = [entry.partition("=") for entry in against or ()]
+    if wrong := [entry for entry, (name, _, file) in zip(against or (), pairs, strict=True) if not (name and file)]:
+        raise ConfigError(f"--against: {wrong[0]!r} must be NAME=FILE")
+    clean_problems(
+        problem_source(path, format, difficulty, num_prompt_tests, max_bad_rows),
+        out,
+        CleanOptions(
+            against={name: file for name, _, file in pairs}, min_share=min_share, threshold=threshold, runs=runs
+        ),
+        backend_options(backend, image, address, token_file, allow_unisolated, slots=slots),
+    )
+
+
 @data.command()
 def add_tokens(
     model: Annotated[str, typer.Argument(help="Hugging Face folder of a Qwen2 model")],
@@ -376,6 +498,39 @@ def generate(
         seed=seed,
     )
     generate_texts(sampling, prompt, file=file, infill=infill, samples=samples, save_svg=save_svg, save_html=save_html)
+
+
+def problem_source(
+    path: str, format: str, difficulty: str, num_prompt_tests: int, max_bad_rows: int
+) -> "ProblemsConfig":
+    """The command line's words for a `data` section."""
+    from pydantic import ValidationError
+
+    from diffrl.config import ProblemsConfig
+    from diffrl.config_file import describe
+
+    raw = {"source": format, "path": path, "difficulty": difficulty, "num_prompt_tests": num_prompt_tests}
+    try:
+        return ProblemsConfig.model_validate(raw | {"max_bad_rows": max_bad_rows})
+    except ValidationError as error:
+        name, _, rest = describe(error, ProblemsConfig).partition(":")
+        option = {"source": "format"}.get(name, name.replace("_", "-"))
+        raise ConfigError(f"--{option}:{rest}") from error
+
+
+def problem_items(path: str, format: str, difficulty: str, num_prompt_tests: int) -> Iterator["Problem | BadRow"]:
+    from typing import cast, get_args
+
+    from diffrl.data.acecode import Difficulty
+    from diffrl.data.problems import ReadOptions, read_problems
+
+    if difficulty not in get_args(Difficulty):
+        raise ConfigError(f"--difficulty: {difficulty!r} must be one of {', '.join(get_args(Difficulty))}")
+    try:
+        options = ReadOptions(num_prompt_tests=num_prompt_tests, difficulty=cast(Difficulty, difficulty))
+        yield from read_problems(format, path, options)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def backend_options(

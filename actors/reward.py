@@ -41,9 +41,11 @@ class RewardWorker:
             return tuple(threads.map(judge, range(len(known))))
 
     def judge(self, group: RolloutGroup, index: int) -> Judgement:
-        text = group.judged[index].text
-        code = completion_to_code(group.problem, text)
-        problem = group.problem
+        return self.judge_text(group.problem, group.judged[index].text, index)
+
+    def judge_text(self, problem: Problem, text: str, index: int) -> Judgement:
+        """`index`: of the completion, for its name."""
+        code = completion_to_code(problem, text)
         if not code.strip():  # nothing to run: every test would fail on the missing name
             statuses, cpu_s, detail = ("error",) * len(problem.reward_tests), 0.0, "no fenced python block"
             beside = (False,) * len(statuses)

@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from diffrl.data.problems import humaneval_row, load_problems, read_rows
+from diffrl.data.problems import humaneval_row, load_problems
+from diffrl.data.row_files import read_rows
 from diffrl.prompts import extract_code
 from diffrl.types import Problem
 

@@ -5,7 +5,7 @@ ConfigError of one line.
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -44,6 +44,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
     for override in overrides:
         apply_override(raw, override)
     return validate(raw, str(path))
+
+
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
+
+
+def load_as(kind: type[AnyModel], path: str | Path, overrides: Sequence[str] = ()) -> AnyModel:
+    """As `load_config`, of a config that is no stage. Raises ConfigError."""
+    raw = read_mapping(path)
+    for override in overrides:
+        apply_override(raw, override)
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {describe(error, kind)}") from error
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:

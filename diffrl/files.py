@@ -1,6 +1,7 @@
 """Small files that a reader finds old or new, never half-written."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -12,3 +13,11 @@ def write_whole(file: Path, text: str) -> None:
 
 def write_json(file: Path, value: object) -> None:
     write_whole(file, json.dumps(value, indent=2) + "\n")
+
+
+def write_lines(file: Path, rows: Iterable[object]) -> None:
+    """JSONL."""
+    part = file.with_name(f"{file.name}.part")
+    with part.open("w") as lines:
+        lines.writelines(json.dumps(row) + "\n" for row in rows)
+    part.rename(file)

@@ -8,6 +8,7 @@ from pathlib import Path
 from diffrl.config import AnyConfig, ProblemsConfig, RLConfig
 from diffrl.data.corpus import microcode_text, stdlib_text
 from diffrl.data.microcode import microcode_exercises
+from diffrl.data.row_files import files_of, is_hub_name
 from diffrl.data.shards import open_shards
 from diffrl.data.sources import problems_of
 from diffrl.errors import ConfigError
@@ -88,6 +89,10 @@ def problem_files(config: ProblemsConfig, hashes: FileHashes, key: str) -> dict[
         return {f"{key} (microcode)": digest(repr(problems_of(config)))}
     assert config.path is not None
     path = Path(config.path)
+    if config.source == "acecode" and is_hub_name(config.path):
+        return {f"{key} (hub)": "contents not looked at"}
+    if config.source == "acecode" and path.is_dir():
+        return {f"{key} ({name})": sha for name, sha in hashes.files(path, files_of(path)).items()}
     if not path.is_file():
         raise ConfigError(f"{key}.path: {path} does not exist; give a file")
     return {f"{key} ({path.name})": hashes.of(path)}

@@ -5,7 +5,7 @@ C completion tokens (always the whole window), S mask views, I inner iterations.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -32,6 +32,7 @@ class Problem:
     setup: str = ""  # source that the tests need
     solution: str | None = None  # canonical solution, a whole program
     family: str = ""  # kind of problem, for tables
+    license: str = field(default="", repr=False)  # of its text; not part of what fingerprints look at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

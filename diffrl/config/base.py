@@ -149,12 +149,15 @@ def require_path(source: str, path: str | None, what: str) -> None:
 
 
 class ProblemsConfig(Section):
-    """Where problems come from. `microcode` is generated; the others are files."""
+    """Where problems come from. `microcode` is generated; the others are files (diffrl/data/problems.py)."""
 
-    source: Literal["microcode", "mbpp", "humaneval", "problems"] = "problems"
-    path: str | None = None
+    source: Literal["microcode", "mbpp", "humaneval", "acecode", "p3", "stdin", "problems"] = "problems"
+    path: str | None = None  # of acecode also a folder, or a data set's name on the hub
     split: Literal["train", "validation", "held_out"] = "train"  # of microcode
+    difficulty: Literal["hard", "medium", "easy", "all"] = "hard"  # of acecode
     limit: Positive | None = None
+    max_bad_rows: Annotated[int, Field(ge=0)] = 0  # that are left out and listed; with more of them nothing is read
+    max_row_mb: Annotated[int, Field(ge=1, le=2048)] = 64  # a larger row is a bad one
     num_prompt_tests: Annotated[int, Field(ge=0, le=1)] = 1  # shown in the prompt and therefore not graded
 
     @model_validator(mode="after")

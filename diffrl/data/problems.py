@@ -1,33 +1,70 @@
-"""Files of problems -> `Problem`: MBPP (full and sanitized), HumanEval, and our own `problems` format.
+"""Files of problems -> `Problem`: MBPP (full and sanitized), HumanEval, AceCode, P3, stdin/stdout problems, and our own format.
 
-A file is JSONL, JSONL.gz or Parquet, one problem a row. At most one test is shown in the prompt, and a shown
+A file is JSONL, JSONL.gz, JSON (a list) or Parquet, one problem a row. At most one test is shown in the prompt, and a shown
 test is never graded. To add a data set: write one converter (row -> Problem), add one line to `DATASETS`. A
-converter raises ValueError with a short reason; `load_problems` puts the file and the line in front.
+converter raises RowError; `read_problems` puts the row in front.
 """
 
-import ast
-import builtins
-import gzip
-import json
 import re
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from diffrl.prompts import parse_python
+from diffrl.data.acecode import Difficulty, acecode_row, split_rows
+from diffrl.data.graded import check_graded, entry_point_of, without
+from diffrl.data.puzzles import check_stdin_test, p3_row, stdin_row
+from diffrl.data.row_files import (
+    MAX_ROW_MB,
+    BadRow,
+    Row,
+    RowError,
+    Rows,
+    identifier_of,
+    license_of,
+    text_of,
+    texts_of,
+)
 from diffrl.types import Problem, TestModeName
 
-_NOTHING = ast.Module(body=[], type_ignores=[])
-
-Row = Mapping[str, Any]
 RowConverter = Callable[[Row, int], Problem]  # (row, how many tests to show: 0 or 1)
+
+_STRINGS = pa.list_(pa.field("element", pa.string()))
+# Of a file of our own format; what may be null may be missing too. `Problem` says what each column holds.
+PROBLEM_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),  # unique
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("prompt_tests", _STRINGS, nullable=False),
+        pa.field("reward_tests", _STRINGS, nullable=False),
+        pa.field("test_mode", pa.string()),  # asserts, check_function, stdin, unittest; null: asserts
+        pa.field("entry_point", pa.string()),  # check_function needs it
+        pa.field("setup", pa.string()),
+        pa.field("solution", pa.string()),
+        pa.field("family", pa.string()),
+        pa.field("license", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadOptions:
+    """Which rows are read, and how. Raises ValueError for a value outside its range."""
+
+    num_prompt_tests: int = 1  # 0 or 1
+    limit: int | None = None  # the first so many problems; None: all
+    difficulty: Difficulty = "all"  # of acecode
+    max_row_mb: int = MAX_ROW_MB
+
+    def __post_init__(self) -> None:
+        if self.num_prompt_tests not in (0, 1):
+            raise ValueError(f"num_prompt_tests is {self.num_prompt_tests}: at most one test is shown: give 0 or 1")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit is {self.limit}: give 1 or more, or null for the whole file")
 
 
 def load_problems(
@@ -38,30 +75,51 @@ def load_problems(
     `format` is a key of `DATASETS`. Raises ValueError, one line, for a bad argument, a missing or unreadable
     file, and a row that lacks a field or is left without a graded test.
     """
+    options = ReadOptions(num_prompt_tests=num_prompt_tests, limit=limit)
+    return list(only_problems(read_problems(format, path, options), format, path))
+
+
+def only_problems(found: Iterable[Problem | BadRow], format: str, path: str | Path) -> Iterator[Problem]:
+    """Raises ValueError for the first bad row."""
+    for item in found:
+        if isinstance(item, BadRow):
+            raise ValueError(f"{path} {item.place} (format {format}): {item.reason}")
+        yield item
+
+
+def read_problems(format: str, path: str | Path, options: ReadOptions | None = None) -> Iterator[Problem | BadRow]:
+    """Problems of a file (acecode: also of a folder, or of a data set on the hub), with every row that cannot be used in its
+    place. Raises ValueError for an unknown format and for a file of which nothing further can be read."""
+    options = options or ReadOptions()
     if format not in DATASETS:
         raise ValueError(f"format: {format!r} is not a data set: choose from {', '.join(DATASETS)}")
-    if num_prompt_tests not in (0, 1):
-        raise ValueError(f"num_prompt_tests is {num_prompt_tests}: at most one test is shown: give 0 or 1")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}: give 1 or more, or null for the whole file")
-    problems: list[Problem] = []
-    for place, row in islice(read_rows(Path(path)), limit):
-        try:
-            problem = DATASETS[format](row, num_prompt_tests)
-            _check_graded(problem)
-        except ValueError as error:
-            raise ValueError(f"{path} {place} (format {format}): {error}") from None
-        problems.append(problem)
-    return problems
+    rows: Iterable[tuple[str, Row | RowError]] = Rows(str(path), options.max_row_mb)
+    if format == "acecode":
+        rows = split_rows(rows, options.difficulty)
+    return within_limit((problem_or_bad(place, row, format, options) for place, row in rows), options.limit)
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """(where the row stands, row) of a .jsonl, .jsonl.gz or .parquet file; blank lines are skipped."""
-    if not path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
-        raise ValueError(f"{path} has an unknown ending: give a .jsonl, .jsonl.gz or .parquet file")
-    if not path.is_file():
-        raise ValueError(f"no file at {path}: check the path")
-    return _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
+def problem_or_bad(place: str, row: Row | RowError, format: str, options: ReadOptions) -> Problem | BadRow:
+    try:
+        if isinstance(row, RowError):
+            raise row
+        problem = DATASETS[format](row, options.num_prompt_tests)
+        check_graded(problem)
+    except RowError as error:
+        return BadRow(place=place, field=error.field, reason=str(error))
+    return problem
+
+
+def within_limit(found: Iterator[Problem | BadRow], limit: int | None) -> Iterator[Problem | BadRow]:
+    """Up to and including so many problems; nothing further is read."""
+    count = 0
+    while limit is None or count < limit:
+        for item in islice(found, 1):
+            count += isinstance(item, Problem)
+            yield item
+            break
+        else:
+            return
 
 
 def mbpp_row(row: Row, num_prompt_tests: int) -> Problem:
@@ -71,19 +129,19 @@ def mbpp_row(row: Row, num_prompt_tests: int) -> Problem:
     the instruction names the entry point, since nothing else ties the tests to the program. A row whose tests
     are all copies of the first (mbpp/37) shows none, so that it keeps a graded one.
     """
-    instruction = _text(row, "text" if "text" in row else "prompt").strip()
-    code = _text(row, "code")
-    tests = _texts(row, "test_list")
-    setup = [_text(row, "test_setup_code", ""), *_texts(row, "test_imports", ())]
-    entry_point = _entry_point(code, tests)
+    instruction = text_of(row, "text" if "text" in row else "prompt").strip()
+    code = text_of(row, "code")
+    tests = texts_of(row, "test_list")
+    setup = [text_of(row, "test_setup_code", ""), *texts_of(row, "test_imports", ())]
+    entry_point = entry_point_of(code, tests)
     shown = tests[:num_prompt_tests]
-    graded = _without((*tests[num_prompt_tests:], *_texts(row, "challenge_test_list", ())), shown)
+    graded = without((*tests[num_prompt_tests:], *texts_of(row, "challenge_test_list", ())), shown)
     if not graded and len(tests) > 1:
         shown, graded = (), tests[:1]
     if not shown and entry_point:
         instruction = f"{instruction} Name the function `{entry_point}`."
     return Problem(
-        id=f"mbpp/{_identifier(row, 'task_id')}",
+        id=f"mbpp/{identifier_of(row, 'task_id')}",
         prompt=instruction,
         prompt_tests=shown,
         reward_tests=graded,
@@ -91,6 +149,7 @@ def mbpp_row(row: Row, num_prompt_tests: int) -> Problem:
         setup="\n".join(part for part in setup if part),
         solution=code,
         family="mbpp",
+        license=license_of(row),
     )
 
 
@@ -101,13 +160,13 @@ def humaneval_row(row: Row, num_prompt_tests: int) -> Problem:
     nothing). Whatever stands before the entry point in the prompt (imports, helper functions) is given: three
     checks call such a helper, so it is the tests' setup.
     """
-    given, entry_point = _text(row, "prompt"), _text(row, "entry_point")
+    given, entry_point = text_of(row, "prompt"), text_of(row, "entry_point")
     body = re.search(rf"^(async )?def {re.escape(entry_point)}\b", given, re.MULTILINE)
     if body is None:
-        raise ValueError(f"field 'prompt' does not define the entry point {entry_point!r}")
-    test = _text(row, "test")
+        raise RowError(f"field 'prompt' does not define the entry point {entry_point!r}", "prompt")
+    test = text_of(row, "test")
     return Problem(
-        id=_identifier(row, "task_id"),
+        id=identifier_of(row, "task_id"),
         prompt="Complete the following Python function. Give the whole program in one markdown code block.\n"
         f"```python\n{given.strip()}\n```",
         prompt_tests=(),
@@ -115,157 +174,73 @@ def humaneval_row(row: Row, num_prompt_tests: int) -> Problem:
         test_mode="check_function",
         entry_point=entry_point,
         setup=given[: body.start()].strip(),
-        solution=given + _text(row, "canonical_solution"),
+        solution=given + text_of(row, "canonical_solution"),
         family="humaneval",
+        license=license_of(row),
     )
 
 
 def problems_row(row: Row, num_prompt_tests: int) -> Problem:
-    """Our format: the fields of `Problem`; those with a default may be missing. Other columns are ignored.
+    """Our format: the fields of `Problem`, as `PROBLEM_SCHEMA` says. Other columns are ignored.
 
     The row's own split of the tests stands, save that at most `num_prompt_tests` of its prompt tests are
-    shown; the rest of them are graded where they can be (asserts).
+    shown; the rest of them are graded where they can be (asserts and stdin).
     """
-    names = [field.name for field in fields(Problem)]
+    names = PROBLEM_SCHEMA.names
     for name in row:
         close = get_close_matches(name, [n for n in names if n not in row], n=1, cutoff=0.85)
-        if name not in names and close:
-            raise ValueError(f"field {name!r} is unknown: did you mean {close[0]!r}?")
-    mode = _text(row, "test_mode", "asserts")
+        if name not in names and close and name != "licence":
+            raise RowError(f"field {name!r} is unknown: did you mean {close[0]!r}?", name)
+    for name in names:
+        check_field(row, PROBLEM_SCHEMA.field(name))
+    mode = text_of(row, "test_mode", "asserts")
     if mode not in get_args(TestModeName):
-        raise ValueError(f"field 'test_mode' is {mode!r}: choose from {', '.join(get_args(TestModeName))}")
-    entry_point = _text(row, "entry_point", "") or None
+        known = ", ".join(get_args(TestModeName))
+        raise RowError(f"field 'test_mode' is {mode!r}: choose from {known}", "test_mode")
+    entry_point = text_of(row, "entry_point", "") or None
     if mode == "check_function" and entry_point is None:
-        raise ValueError("field 'entry_point' is missing: test_mode check_function calls it")
-    prompt_tests = _texts(row, "prompt_tests")
+        raise RowError("field 'entry_point' is missing: test_mode check_function calls it", "entry_point")
+    prompt_tests = texts_of(row, "prompt_tests")
     if mode == "stdin":
-        for test in (*prompt_tests, *_texts(row, "reward_tests")):
-            _check_stdin_test(test)
+        for field in ("prompt_tests", "reward_tests"):
+            for test in texts_of(row, field):
+                check_stdin_test(test, field)
     unshown = prompt_tests[num_prompt_tests:] if mode in ("asserts", "stdin") else ()
     shown = prompt_tests[:num_prompt_tests]
     return Problem(
-        id=_identifier(row, "id"),
-        prompt=_text(row, "prompt"),
+        id=identifier_of(row, "id"),
+        prompt=text_of(row, "prompt"),
         prompt_tests=shown,
-        reward_tests=_without((*unshown, *_texts(row, "reward_tests")), shown),
+        reward_tests=without((*unshown, *texts_of(row, "reward_tests")), shown),
         test_mode=cast(TestModeName, mode),
         entry_point=entry_point,
-        setup=_text(row, "setup", ""),
-        solution=_text(row, "solution", "") or None,
-        family=_text(row, "family", ""),
+        setup=text_of(row, "setup", ""),
+        solution=text_of(row, "solution", "") or None,
+        family=text_of(row, "family", ""),
+        license=license_of(row),
     )
 
 
 DATASETS: dict[str, RowConverter] = {
     "mbpp": mbpp_row,
     "humaneval": humaneval_row,
+    "acecode": acecode_row,
+    "p3": p3_row,
+    "stdin": stdin_row,
     "problems": problems_row,
 }
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"line {number}", _json_row(path, number, line)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} after line {number}: damaged gzip ({error}): fetch the file again") from None
+def check_field(row: Row, field: pa.Field) -> None:
+    """Whether a row has what the schema says, without making a table of it. Raises RowError."""
+    if field.name == "id":
+        identifier_of(row, "id")  # a number too
+    elif pa.types.is_list(field.type):
+        texts_of(row, field.name, () if field.nullable else None)
+    else:
+        text_of(row, field.name, "" if field.nullable else None)
 
 
-def _json_row(path: Path, number: int, line: bytes) -> Row:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))  # with or without a byte order mark
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # bad UTF-8, bad JSON, numbers or nesting beyond Python's limits
-        raise ValueError(f"{path} line {number}: not JSON in UTF-8 ({error}): mend or remove the line") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{path} line {number}: a {type(row).__name__}, not an object: give one object a line")
-    return row
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", row
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} after row {number}: damaged Parquet ({reason}): fetch it again") from None
-
-
-def _text(row: Row, field: str, default: str | None = None) -> str:
-    value = row.get(field)
-    if value is None and default is not None:
-        return default
-    if value is None:
-        raise ValueError(f"field {field!r} is missing: the row has {', '.join(row) or 'no field'}")
-    if not isinstance(value, str):
-        raise ValueError(f"field {field!r} is of type {type(value).__name__}: give a string")
-    return value
-
-
-def _texts(row: Row, field: str, default: tuple[str, ...] | None = None) -> tuple[str, ...]:
-    """A list of strings; blank ones are dropped."""
-    value = row.get(field)
-    if value is None and default is not None:
-        return default
-    if value is None:
-        raise ValueError(f"field {field!r} is missing: the row has {', '.join(row) or 'no field'}")
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError(f"field {field!r} is of type {type(value).__name__}: give a list of strings")
-    return tuple(item for item in value if item.strip())
-
-
-def _identifier(row: Row, field: str) -> str:
-    value = row.get(field)
-    return str(value) if isinstance(value, int) else _text(row, field)
-
-
-def _check_stdin_test(test: str) -> None:
-    try:
-        fields_ = json.loads(test)
-    except ValueError as error:
-        raise ValueError(f"test {test[:60]!r} of test_mode stdin is not JSON ({error})") from None
-    if not isinstance(fields_, dict) or not all(isinstance(fields_.get(key), str) for key in ("stdin", "stdout")):
-        raise ValueError(f'test {test[:60]!r} of test_mode stdin must be {{"stdin": text, "stdout": text}}')
-
-
-def _without(graded: tuple[str, ...], shown: tuple[str, ...]) -> tuple[str, ...]:
-    """A test that is shown is not graded, even when the row lists it twice."""
-    seen = {test.strip() for test in shown}
-    return tuple(test for test in graded if test.strip() not in seen)
-
-
-def _check_graded(problem: Problem) -> None:
-    if not problem.reward_tests:
-        raise ValueError(f"problem {problem.id} has no graded test left: leave it out, or set num_prompt_tests to 0")
-
-
-def _entry_point(code: str, tests: tuple[str, ...]) -> str | None:
-    """The first name the tests call, outermost first, that the code defines; functions go before classes.
-
-    Code that does not parse leaves the first called name that is not a builtin; None when the tests call
-    nothing.
-    """
-    called = [
-        node.func.id
-        for test in tests
-        for node in ast.walk(parse_python(test) or _NOTHING)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    ]
-    body = (parse_python(code) or _NOTHING).body
-    functions = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
-    classes = {node.name for node in body if isinstance(node, ast.ClassDef)}
-    foreign = {name for name in called if not hasattr(builtins, name)}
-    for candidates in (functions, classes, foreign):
-        for name in called:
-            if name in candidates:
-                return name
-    return None
+def problem_table(problems: Iterable[Problem]) -> pa.Table:
+    """Rows of our format."""
+    return pa.Table.from_pylist([asdict(problem) for problem in problems], schema=PROBLEM_SCHEMA)

@@ -23,7 +23,8 @@ from diffrl.views import ViewOptions
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 PIPELINES = [path for path in FILES if path.stem.endswith("pipeline")]
-CONFIGS = [path for path in FILES if path not in PIPELINES]
+CURATION = [path for path in FILES if path.stem == "curate"]
+CONFIGS = [path for path in FILES if path not in PIPELINES + CURATION]
 SMALLEST = {"stage": "rl", "data": {"source": "microcode"}}
 # A config of the quickstart's kind, whose numbers the messages below repeat.
 BASE = """

@@ -224,15 +224,15 @@ def test_a_bad_row_is_named(tmp_path, format, row, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", json.dumps(OWN).encode() + b"\n{oops\n", "a.jsonl line 2: not JSON in UTF-8 (Expecting"),
-        ("a.jsonl", b"\n\n\xff\xfe{}\n", "a.jsonl line 3: not JSON in UTF-8 ('utf-8' codec"),
-        ("a.jsonl", b'{"id": ' + b"9" * 5000 + b"}", "a.jsonl line 1: not JSON in UTF-8 (Exceeds"),
-        ("a.jsonl", b"[" * 100_000, "a.jsonl line 1: not JSON in UTF-8 (maximum recursion"),
-        ("a.jsonl", b"[1]\n", "a.jsonl line 1: a list, not an object"),
+        ("a.jsonl", json.dumps(OWN).encode() + b"\n{oops\n", "a.jsonl line 2 (format problems): not JSON in UTF-8 (Expecting"),
+        ("a.jsonl", b"\n\n\xff\xfe{}\n", "a.jsonl line 3 (format problems): not JSON in UTF-8 ('utf-8' codec"),
+        ("a.jsonl", b'{"id": ' + b"9" * 5000 + b"}", "a.jsonl line 1 (format problems): not JSON in UTF-8 (Exceeds"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl line 1 (format problems): not JSON in UTF-8 (maximum recursion"),
+        ("a.jsonl", b"[1]\n", "a.jsonl line 1 (format problems): a list, not an object"),
         ("a.jsonl.gz", b"plain text", "a.jsonl.gz after line 0: damaged gzip"),
         ("a.jsonl.gz", gzip.compress(json.dumps(OWN).encode() * 99)[:-9], "a.jsonl.gz after line 0: damaged gzip"),
         ("a.parquet", b"plain text", "a.parquet after row 0: damaged Parquet"),
-        ("a.csv", b"", "a.csv has an unknown ending: give a .jsonl, .jsonl.gz or .parquet file"),
+        ("a.csv", b"", "a.csv has an unknown ending: give a .jsonl, .jsonl.gz, .json or .parquet"),
         ("missing.jsonl", None, "no file at "),
     ],
 )
@@ -248,7 +248,7 @@ def test_a_bad_file_is_named(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"format": "mpbb"}, "format: 'mpbb' is not a data set: choose from mbpp, humaneval, problems"),
+        ({"format": "mpbb"}, "format: 'mpbb' is not a data set: choose from mbpp, humaneval, acecode, p3, stdin, problems"),
         ({"format": "mbpp", "num_prompt_tests": 2}, "num_prompt_tests is 2: at most one test is shown"),
         ({"format": "mbpp", "limit": 0}, "limit is 0: give 1 or more"),
     ],
