@@ -224,7 +224,11 @@ def test_a_bad_row_is_named(tmp_path, format, row, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", json.dumps(OWN).encode() + b"\n{oops\n", "a.jsonl line 2 (format problems): not JSON in UTF-8 (Expecting"),
+        (
+            "a.jsonl",
+            json.dumps(OWN).encode() + b"\n{oops\n",
+            "a.jsonl line 2 (format problems): not JSON in UTF-8 (Expecting",
+        ),
         ("a.jsonl", b"\n\n\xff\xfe{}\n", "a.jsonl line 3 (format problems): not JSON in UTF-8 ('utf-8' codec"),
         ("a.jsonl", b'{"id": ' + b"9" * 5000 + b"}", "a.jsonl line 1 (format problems): not JSON in UTF-8 (Exceeds"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl line 1 (format problems): not JSON in UTF-8 (maximum recursion"),
@@ -248,7 +252,10 @@ def test_a_bad_file_is_named(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"format": "mpbb"}, "format: 'mpbb' is not a data set: choose from mbpp, humaneval, acecode, p3, stdin, problems"),
+        (
+            {"format": "mpbb"},
+            "format: 'mpbb' is not a data set: choose from mbpp, humaneval, acecode, p3, stdin, problems",
+        ),
         ({"format": "mbpp", "num_prompt_tests": 2}, "num_prompt_tests is 2: at most one test is shown"),
         ({"format": "mbpp", "limit": 0}, "limit is 0: give 1 or more"),
     ],
