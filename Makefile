@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv system engine kustomize quickstart quickstart-seeds bench-control-plane bench-judge bench-learner bench-sampler bench-sampler-frontier bench-staleness bench-supervised bench-telemetry study-staleness test test-slow lint clean
+.PHONY: venv system engine kustomize quickstart quickstart-seeds bench-control-plane bench-judge bench-learner bench-sampler bench-sampler-frontier bench-sampler-gpu bench-staleness bench-supervised bench-telemetry study-staleness test test-gpu test-slow lint clean
 
 venv: $(STAMP)
 
@@ -62,6 +62,9 @@ bench-sampler: venv
 bench-sampler-frontier: venv system  # after make quickstart
 	$(BIN)/python -m tests.benchmarks.sampler_frontier runs/quickstart/rl/model
 
+bench-sampler-gpu: venv  # needs a GPU for a 7B model in bfloat16
+	$(BIN)/python -m tests.benchmarks.sampler_gpu
+
 bench-staleness: venv system
 	$(BIN)/python -m tests.benchmarks.staleness
 
@@ -81,6 +84,9 @@ lint: venv
 
 test: lint system engine kustomize
 	$(BIN)/python -m pytest -m 'not slow' --durations=25
+
+test-gpu: venv system
+	$(BIN)/python -m pytest -m gpu --durations=25
 
 test-slow: venv system engine kustomize
 	$(BIN)/python -m pytest -m slow --durations=25

@@ -60,10 +60,11 @@ class PolicyModel(nn.Module, ABC):
 
     @classmethod
     def from_config(cls, config: BackboneConfig, *, mask_token_id: int, generator: torch.Generator) -> Self:
-        """Random weights drawn from `generator` alone (normal, std = initializer_range; norms 1, biases 0)."""
+        """Random weights drawn from `generator` alone, on its device (normal, std = initializer_range; norms 1, biases 0)."""
         backbone = cls.empty_backbone(config)
-        backbone.to_empty(device="cpu")
-        restore_rotary(backbone)
+        backbone.to_empty(device=generator.device)
+        with generator.device:
+            restore_rotary(backbone)
         for name, parameter in backbone.named_parameters():
             if name.endswith("norm.weight"):
                 nn.init.ones_(parameter)

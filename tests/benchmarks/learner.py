@@ -75,7 +75,7 @@ CPU_CASES = (
 )
 GPU_CASES = (
     Case(size="M", vocab_size=152064, group_size=10, what="update", dtype="bfloat16", device="cuda"),
-    Case(size="7B", vocab_size=152064, group_size=10, what="step", dtype="bfloat16", device="cuda", rounds=3),
+    Case(size="7B", vocab_size=152064, group_size=4, what="step", dtype="bfloat16", device="cuda", rounds=3),
 )
 
 
@@ -87,9 +87,9 @@ def build(case: Case, seed: int = 0) -> DreamModel:
         **({"num_key_value_heads": SIZES[case.size]["num_attention_heads"]} | SIZES[case.size]),
     )
     config._attn_implementation = "sdpa"
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(case.device).manual_seed(seed)
     model = DreamModel.from_config(config, mask_token_id=case.vocab_size - 1, generator=generator)
-    return model.to(getattr(torch, case.dtype)).to(case.device)
+    return model.to(getattr(torch, case.dtype))
 
 
 def data(case: Case) -> tuple[ScoringBatch, Tensor]:
@@ -234,13 +234,11 @@ def measure(case: Case) -> dict[str, Any]:
             if turn:
                 seconds[name].append(time.perf_counter() - started)
             else:
-                results[name] = (
-                    logprobs.float(),
-                    {k: p.grad.float() for k, p in model.named_parameters() if p.grad is not None},
-                )
+                grads = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+                results[name] = (logprobs.float(), grads)
     (peer, peer_grads), (ours, our_grads) = results["peer"], results["diffrl"]
-    norm = torch.stack([g.norm() for g in peer_grads.values()]).norm()
-    gap = torch.stack([(peer_grads[k] - our_grads[k]).norm() for k in peer_grads]).norm()
+    norm = torch.stack([g.float().norm() for g in peer_grads.values()]).norm()
+    gap = torch.stack([(peer_grads[k].float() - our_grads[k].float()).norm() for k in peer_grads]).norm()
     gaps = {"logprobs": float((peer - ours).abs().max()), "gradient": float(gap / norm)}
     return {"seconds": seconds, **gaps}
 

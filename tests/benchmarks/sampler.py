@@ -65,6 +65,10 @@ class Case:
     places: int = 2  # steps at each place; 0: whole runs
     nucleus: int | None = None  # logits are scaled until the nucleus holds so many tokens on average
     dtype: str = "float32"
+    device: str = "cpu"
+    batch: int = BATCH
+    prompt: int = PROMPT
+    completion: int = COMPLETION
     rounds: int = 5
 
     @property
@@ -169,8 +173,8 @@ def peer_generate(model: PolicyModel, ids_BL: Tensor, params: SamplingParams, nu
         last = step == params.steps - 1
         share = 1 - time_S[step + 1] / time_S[step]
         if params.algorithm == "origin":
-            token_N = torch.full((len(logits_NV),), mask_id)
-            reveal_N = torch.rand(len(logits_NV)) < (1.0 if last else share)
+            token_N = torch.full((len(logits_NV),), mask_id, device=logits_NV.device)
+            reveal_N = torch.rand(len(logits_NV), device=logits_NV.device) < (1.0 if last else share)
             _, token_N[reveal_N] = peer_sample(logits_NV[reveal_N], params)
             ids_BL[hidden_BL] = token_N
             continue
@@ -205,7 +209,14 @@ class Start:
 
 def build(case: Case) -> DreamModel:
     model = learner.build(
-        learner.Case(size=case.size, vocab_size=case.vocab_size, group_size=0, what="step", dtype=case.dtype)
+        learner.Case(
+            size=case.size,
+            vocab_size=case.vocab_size,
+            group_size=0,
+            what="step",
+            dtype=case.dtype,
+            device=case.device,
+        )
     )
     head: Any = model.backbone.lm_head
     with torch.no_grad():
@@ -233,23 +244,23 @@ def starts(case: Case) -> list[Start]:
     """One for each place; of whole runs one at the beginning, all rows alike, as rollouts of one prompt are."""
     generator = torch.Generator().manual_seed(1)
     mask_id, exact = case.vocab_size - 1, case.params.exactly()
-    ids_BL = torch.randint(mask_id, (BATCH, PROMPT + COMPLETION), generator=generator)
+    ids_BL = torch.randint(mask_id, (case.batch, case.prompt + case.completion), generator=generator)
     if not case.places:
-        ids_BL = ids_BL[:1].repeat(BATCH, 1)
-        ids_BL[:, PROMPT:] = mask_id
-        return [Start(ids_BL=ids_BL, params=exact, num_steps=exact.steps)]
-    counts = reveal_counts(COMPLETION, exact.steps, exact.eps)
+        ids_BL = ids_BL[:1].repeat(case.batch, 1)
+        ids_BL[:, case.prompt :] = mask_id
+        return [Start(ids_BL=ids_BL.to(case.device), params=exact, num_steps=exact.steps)]
+    counts = reveal_counts(case.completion, exact.steps, exact.eps)
     time_S = torch.linspace(1, exact.eps, exact.steps + 1)
     out = []
     for place in PLACES:
         step = int(place * exact.steps)
-        hidden = COMPLETION - sum(counts[:step])
-        order_BC = torch.rand(BATCH, COMPLETION, generator=generator).argsort(1)
+        hidden = case.completion - sum(counts[:step])
+        order_BC = torch.rand(case.batch, case.completion, generator=generator).argsort(1)
         state_BL = ids_BL.clone()
-        state_BL[:, PROMPT:][order_BC < hidden] = mask_id
+        state_BL[:, case.prompt :][order_BC < hidden] = mask_id
         rest = replace(exact, steps=exact.steps - step, eps=exact.eps / float(time_S[step]))
         assert reveal_counts(hidden, rest.steps, rest.eps)[: case.places] == counts[step : step + case.places]
-        out.append(Start(ids_BL=state_BL, params=rest, num_steps=case.places))
+        out.append(Start(ids_BL=state_BL.to(case.device), params=rest, num_steps=case.places))
     return out
 
 
@@ -261,8 +272,9 @@ def run_peer(model: DreamModel, start: Start) -> tuple[Tensor, int]:
 
 
 def run_ours(model: DreamModel, start: Start) -> tuple[Tensor, int]:
-    engine = Engine(model, start.params, max_tokens=1 << 62, end_ids=[0])  # of early_end: some token
-    for seed, ids_L in enumerate(start.ids_BL):
+    device = start.ids_BL.device
+    engine = Engine(model, start.params, max_tokens=1 << 62, end_ids=[0], device=device)  # of early_end: some token
+    for seed, ids_L in enumerate(start.ids_BL.cpu()):
         engine.add(Canvas(ids_L=ids_L, hidden_L=ids_L == model.mask_token_id, seed=seed))
     if start.num_steps == start.params.steps:
         return torch.stack([row.ids_L for row in engine.run()]), engine.num_passes
@@ -329,15 +341,21 @@ def compared(case: Case, model: DreamModel) -> dict[str, float]:
         if start.params.temperature > 0:
             continue
         peer_BL, our_BL = run_peer(model, start)[0], run_ours(model, start)[0]
-        score_BL = torch.full(hidden_BL.shape, torch.nan).masked_scatter_(hidden_BL, score_N.float())
+        score_BL = torch.full(hidden_BL.shape, torch.nan, device=hidden_BL.device).masked_scatter_(
+            hidden_BL, score_N.float()
+        )
         logits_of = dict(zip(map(tuple, hidden_BL.nonzero().tolist()), logits_NV.float(), strict=True))
-        for row in range(BATCH):
+        for row in range(case.batch):
             rows += 1
             if torch.equal(peer_BL[row], our_BL[row]):
                 continue
             differ += 1
             peer_took, our_took = (
-                [p for p in range(PROMPT + COMPLETION) if hidden_BL[row, p] and ids_BL[row, p] != model.mask_token_id]
+                [
+                    p
+                    for p in range(case.prompt + case.completion)
+                    if hidden_BL[row, p] and ids_BL[row, p] != model.mask_token_id
+                ]
                 for ids_BL in (peer_BL, our_BL)
             )
             only_peer, only_ours = set(peer_took) - set(our_took), set(our_took) - set(peer_took)
