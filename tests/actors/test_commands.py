@@ -7,20 +7,29 @@ import os
 import pty
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from ray._private.runtime_env.packaging import create_package
 
+from diffrl.data.microcode import microcode_problems
+from diffrl.data.sft import fenced
 from diffrl.data.shards import open_shards
+from diffrl.prompts import build_prompt
 from diffrl.rollout_store import read_all
+from tests.actors.causal_folder import completion, served
 from tests.actors.conftest import Called, one_line
 from tests.conftest import RayCluster
+from tests.diffrl.board_run import Shape, make_run
 from tests.diffrl.test_added_tokens import qwen
 from tests.diffrl.tiny_folder import tiny_folder
 from tests.shared_files import shared_file
@@ -37,9 +46,13 @@ COMMANDS = (
     "diffrl train configs/mbpp.yaml",
     "diffrl doctor",
     "diffrl status",
+    "diffrl board",
     "diffrl config",
     "diffrl data prepare",
     "diffrl data add-tokens",
+    "diffrl data validate",
+    "diffrl data clean",
+    "diffrl curate",
     "diffrl eval --benchmark humaneval --data",
     "diffrl eval --benchmark humaneval_infilling",
     "diffrl judge --solution",
@@ -58,14 +71,8 @@ def readme_commands() -> list[str]:
     blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", text)
     commands = [line.partition("  #")[0].strip() for line in lines]
-    return [
-        c
-        for c in commands
-        if re.match(
-            r"(diffrl (train|submit|pipeline|data|eval|generate|config|judge|sandbox|doctor|status)|ray|(\S+/)?python3?) [^A-Z]",
-            c,
-        )
-    ]
+    ours = "train|submit|pipeline|data|curate|eval|generate|config|judge|sandbox|doctor|status|board"
+    return [c for c in commands if re.match(rf"(diffrl ({ours})|ray|(\S+/)?python3?) [^A-Z]", c)]
 
 
 def readme(start: str, *overrides: str, **replace: str) -> list[str]:
@@ -194,6 +201,78 @@ def test_data_are_prepared_once(ray_cluster: RayCluster, tmp_path: Path, called:
     assert status == 0 and stdout.endswith("(kept: made from the same inputs)\n")
     one_line(called("data", "prepare", "configs/quickstart.yaml", "--out", f"{tmp_path}/rl"), ["stage: 'rl'", "sft"])
     one_line(called(*command[1:], "data.sequence_length=65"), [f"{tmp_path}/text", "other inputs"])
+
+
+def test_own_problems_are_checked_and_cleaned(tmp_path: Path):
+    """Against real benchmarks: one problem is HumanEval's first, and there is one row that is none."""
+    benchmark = shared_file("data/humaneval/HumanEval.jsonl.gz")
+    with gzip.open(benchmark, "rt") as lines:
+        taken = json.loads(next(lines))
+    mine = {"id": "mine/1", "prompt": "Square x.", "prompt_tests": [], "reward_tests": ["assert f(3) == 9"]}
+    rows = [
+        mine | {"solution": "def f(x):\n    return x * x"},
+        mine | {"id": "mine/2", "prompt": taken["prompt"], "solution": "def f(x):\n    return x ** 2"},
+    ]
+    file, clean = tmp_path / "mine.jsonl", tmp_path / "clean.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    validate = readme("diffrl data validate", **{"mine.jsonl": str(file)})
+    assert "2 problems" in succeeds(validate)
+    command = readme(
+        "diffrl data clean", "--backend", "process", **{"mine.jsonl": str(file), " clean.jsonl": f" {clean}"}
+    )
+    places = {"HumanEval.jsonl.gz": str(benchmark), "=mbpp.jsonl": f"={shared_file('data/mbpp/mbpp.jsonl')}"}
+    for old, new in places.items():
+        command = [word.replace(old, new) for word in command]
+    assert "mine/2" in succeeds(command)
+    assert [json.loads(line)["id"] for line in clean.read_text().splitlines()] == ["mine/1"]
+    file.write_text(file.read_text() + "{}\n")
+    assert "line 3" in run(*validate).stdout
+
+
+def test_problems_are_curated(ray_cluster: RayCluster, tmp_path: Path):
+    """Both models of the config: a server's, which solves all, and a policy, which solves nothing."""
+    problems = microcode_problems("train", num_prompt_tests=0)[:2]
+    file = tmp_path / "problems.jsonl"
+    file.write_text("".join(json.dumps(asdict(problem)) + "\n" for problem in problems))
+    solutions = {build_prompt(problem): fenced(problem.solution or "") for problem in problems}
+
+    def answer(body: dict, number: int) -> tuple[int, dict]:
+        return 200, completion(solutions[body["messages"][0]["content"]])
+
+    tiny_folder(tmp_path / "policy")
+    with served(answer, models=("Qwen/Qwen2.5-Coder-7B-Instruct",)) as server:
+        data = ("data.source=problems", f"data.path={file}", "data.difficulty=hard", "data.num_prompt_tests=0")
+        policy = {"path": tmp_path / "policy", "gpus_per_worker": 0, "max_tokens": 16, "cpus_per_worker": 0.25}
+        stdout = succeeds(
+            readme(
+                "diffrl curate",
+                *(*data, f"out={tmp_path}/out", "sandbox.backend=process", f"models.qwen_coder.url={server.url}"),
+                *(
+                    "models.qwen_coder.num_samples=2",
+                    *(f"models.policy.{key}={value}" for key, value in policy.items()),
+                ),
+            ),
+            RAY_ADDRESS=ray_cluster.address,
+        )
+    assert stdout.splitlines()[0].startswith("qwen_coder: 2 problems, 4 completions")
+    table = pq.read_table(tmp_path / "out/inferences.parquet").to_pylist()
+    rates = {i["model_name"]: i["pass_rate"] for row in table for i in row["inferences"]}
+    assert rates == {"qwen_coder": 1.0, "policy": 0.0} and all(len(row["inferences"]) == 6 for row in table)
+
+
+def test_the_board_of_a_run_is_served(tmp_path: Path):
+    run_dir = tmp_path / "run"
+    make_run(run_dir, Shape(steps=2))
+    command = readme("diffrl board", "--port", "0", **{"runs/quickstart/rl": str(run_dir)})
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    board = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PATH": path}, stdout=subprocess.PIPE, text=True)
+    try:
+        assert board.stdout is not None
+        with urllib.request.urlopen(board.stdout.readline().strip(), timeout=60) as page:
+            assert page.status == 200 and b"<html" in page.read()
+    finally:
+        board.send_signal(signal.SIGINT)
+        assert board.wait(60) == 0
 
 
 def test_an_autoregressive_folder_gets_its_tokens(tmp_path: Path):
