@@ -265,12 +265,11 @@ def test_the_board_of_a_run_is_served(tmp_path: Path):
     make_run(run_dir, Shape(steps=2))
     command = readme("diffrl board", "--port", "0", **{"runs/quickstart/rl": str(run_dir)})
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    board = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PATH": path}, stdout=subprocess.PIPE, text=True)
-    try:
+    environment = os.environ | {"PATH": path}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as board:
         assert board.stdout is not None
         with urllib.request.urlopen(board.stdout.readline().strip(), timeout=60) as page:
             assert page.status == 200 and b"<html" in page.read()
-    finally:
         board.send_signal(signal.SIGINT)
         assert board.wait(60) == 0
 
