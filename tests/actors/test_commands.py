@@ -267,11 +267,14 @@ def test_the_board_of_a_run_is_served(tmp_path: Path):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as board:
-        assert board.stdout is not None
-        with urllib.request.urlopen(board.stdout.readline().strip(), timeout=60) as page:
-            assert page.status == 200 and b"<html" in page.read()
-        board.send_signal(signal.SIGINT)
-        assert board.wait(60) == 0
+        try:
+            assert board.stdout is not None
+            with urllib.request.urlopen(board.stdout.readline().strip(), timeout=60) as page:
+                assert page.status == 200 and b"<html" in page.read()
+            board.send_signal(signal.SIGINT)
+            assert board.wait(60) == 0
+        finally:
+            board.kill()
 
 
 def test_an_autoregressive_folder_gets_its_tokens(tmp_path: Path):
