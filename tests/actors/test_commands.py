@@ -239,7 +239,7 @@ def test_problems_are_curated(ray_cluster: RayCluster, tmp_path: Path):
     def answer(body: dict, number: int) -> tuple[int, dict]:
         return 200, completion(solutions[body["messages"][0]["content"]])
 
-    tiny_folder(tmp_path / "policy")
+    tiny_folder(tmp_path / "policy", max_positions=512)
     with served(answer, models=("Qwen/Qwen2.5-Coder-7B-Instruct",)) as server:
         data = ("data.source=problems", f"data.path={file}", "data.difficulty=hard", "data.num_prompt_tests=0")
         policy = {"path": tmp_path / "policy", "gpus_per_worker": 0, "max_tokens": 16, "cpus_per_worker": 0.25}
