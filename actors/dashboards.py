@@ -6,6 +6,7 @@ Ray dashboard gives to what it embeds (datasource, SessionName, Cluster), and `r
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -254,7 +255,7 @@ def series(name: str) -> Series:
 
 def words(name: str, *, whole: bool = False) -> str:
     """reward/group_std: `group std`, or with the section. A label stands in the legend anyway."""
-    plain = "".join(part.partition("}")[2] or part for part in name.replace("{k}", "k").split("{"))
+    plain = re.sub(r"\{\w+\}", "", name).strip("/_")
     return (plain if whole else plain.partition("/")[2] or plain).replace("/", " ").replace("_", " ").strip()
 
 
