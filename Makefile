@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv system engine kustomize quickstart quickstart-seeds bench-control-plane bench-judge bench-learner bench-sampler bench-sampler-frontier bench-staleness bench-supervised bench-telemetry study-staleness test test-slow lint clean
+.PHONY: venv system engine kustomize prometheus ray-screenshot quickstart quickstart-seeds bench-control-plane bench-judge bench-learner bench-sampler bench-sampler-frontier bench-staleness bench-supervised bench-telemetry study-staleness test test-slow lint clean
 
 venv: $(STAMP)
 
@@ -40,6 +40,14 @@ engine:
 # What builds the cluster's manifests.
 kustomize:
 	$(call debian,kubectl,kubernetes-client,tests of the Kubernetes manifests are skipped)
+
+# What scrapes a run in tests, and checks the rules; no service is left running.
+prometheus:
+	$(call debian,prometheus promtool,prometheus,tests of dashboards and alerts are skipped)
+
+# docs/ray_dashboard.png: the actors of a run; needs chromium.
+ray-screenshot: venv system prometheus
+	DIFFRL_SCREENSHOT=docs/ray_dashboard.png $(BIN)/python -m pytest -m slow tests/cluster/test_monitoring.py
 
 quickstart: venv system
 	$(BIN)/diffrl pipeline configs/quickstart_pipeline.yaml
@@ -79,10 +87,10 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-test: lint system engine kustomize
+test: lint system engine kustomize prometheus
 	$(BIN)/python -m pytest -m 'not slow' --durations=25
 
-test-slow: venv system engine kustomize
+test-slow: venv system engine kustomize prometheus
 	$(BIN)/python -m pytest -m slow --durations=25
 
 clean:

@@ -55,12 +55,25 @@ def ray_cluster() -> Iterator[RayCluster]:
         try:
             cluster = RayCluster(address=f"127.0.0.1:{port}", dashboard=f"http://127.0.0.1:{dashboard_port}")
             wait_for_port(port, head, Path(folder) / "start.log")
-            ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+            join(cluster.address)
             yield cluster
             ray.shutdown()
         finally:
             head.terminate()
             head.wait(60)
+
+
+def join(address: str) -> None:
+    """Ray gives a node 30 seconds to register, which a busy machine exceeds."""
+    import ray
+
+    for attempt in range(5):
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="error")
+            return
+        except ConnectionError:
+            if attempt == 4:
+                raise
 
 
 @pytest.fixture(scope="session")
