@@ -39,8 +39,10 @@ class RayCluster:
 def ray_cluster() -> Iterator[RayCluster]:
     import ray
 
-    port, dashboard_port, agent_port, client_port = free_ports(4)
+    port, dashboard_port, agent_port, client_port, *metrics_ports = free_ports(6)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    # A second head on this machine would not start without.
+    environment |= zip(("DASHBOARD_METRIC_PORT", "AUTOSCALER_METRIC_PORT"), map(str, metrics_ports), strict=True)
     # Ray puts sockets below its folder, whose names must be short.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         command = [
@@ -55,25 +57,12 @@ def ray_cluster() -> Iterator[RayCluster]:
         try:
             cluster = RayCluster(address=f"127.0.0.1:{port}", dashboard=f"http://127.0.0.1:{dashboard_port}")
             wait_for_port(port, head, Path(folder) / "start.log")
-            join(cluster.address)
+            ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
             yield cluster
             ray.shutdown()
         finally:
             head.terminate()
             head.wait(60)
-
-
-def join(address: str) -> None:
-    """Ray gives a node 30 seconds to register, which a busy machine exceeds."""
-    import ray
-
-    for attempt in range(5):
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level="error")
-            return
-        except ConnectionError:
-            if attempt == 4:
-                raise
 
 
 @pytest.fixture(scope="session")
