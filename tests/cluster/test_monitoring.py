@@ -26,7 +26,7 @@ from tests.cluster.expressions import MONITORING, metrics_in, of_panels, rules, 
 from tests.conftest import RayCluster, free_ports
 
 __all__ = ["problems", "problems_file", "tuned_model"]  # fixtures
-WAIT_S = 120.0
+WAIT_S = 240.0
 NEEDS = {
     "a GPU": {"ray_node_gpus_utilization", "ray_node_gram_used"},
     "Kubernetes": {
@@ -65,7 +65,7 @@ def prometheus(folder: Path, targets: Path) -> Iterator[Prometheus]:
     described["groups"][0]["interval"] = "1s"
     (folder / "rules.yaml").write_text(yaml.safe_dump(described))
     config = {
-        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "global": {"scrape_interval": "10s", "scrape_timeout": "10s", "evaluation_interval": "1s"},
         "rule_files": [str(folder / "rules.yaml")],
         "scrape_configs": [
             {"job_name": "ray", "file_sd_configs": [{"files": [str(targets)], "refresh_interval": "1s"}]}
