@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv system engine kustomize browser quickstart quickstart-seeds screenshots bench-board bench-control-plane bench-judge bench-learner bench-sampler bench-sampler-frontier bench-sampler-gpu bench-staleness study-staleness bench-supervised bench-telemetry lint test test-gpu test-slow clean
+.PHONY: venv system engine kustomize browser prometheus ray-screenshot quickstart quickstart-seeds screenshots bench-board bench-control-plane bench-judge bench-learner bench-sampler bench-sampler-frontier bench-sampler-gpu bench-staleness study-staleness bench-supervised bench-telemetry lint test test-gpu test-slow clean
 
 venv: $(STAMP)
 
@@ -44,6 +44,14 @@ kustomize:
 # What opens pages in the tests.
 browser:
 	$(call debian,chromium,chromium fonts-dejavu-core,tests in a browser are skipped)
+
+# What scrapes a run in tests, and checks the rules; no service is left running.
+prometheus:
+	$(call debian,prometheus promtool,prometheus,tests of dashboards and alerts are skipped)
+
+# docs/ray_dashboard.png: the actors of a run.
+ray-screenshot: venv system prometheus browser
+	DIFFRL_SCREENSHOT=docs/ray_dashboard.png $(BIN)/python -m pytest -m slow tests/cluster/test_monitoring.py
 
 quickstart: venv system
 	$(BIN)/diffrl pipeline configs/quickstart_pipeline.yaml
@@ -92,13 +100,13 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-test: lint system engine kustomize
+test: lint system engine kustomize prometheus
 	$(BIN)/python -m pytest -m 'not slow' --durations=25
 
 test-gpu: venv system
 	$(BIN)/python -m pytest -m gpu --durations=25
 
-test-slow: venv system engine kustomize browser
+test-slow: venv system engine kustomize prometheus browser
 	$(BIN)/python -m pytest -m slow --durations=25
 
 clean:

@@ -24,7 +24,16 @@ from actors.calls import WORKER_LOST, WorkersKeepDyingError
 from actors.learner_rank import LearnerRank
 from actors.placement import ask_of_learner, require_shared
 from actors.pool import POLL_S
-from actors.processes import account, cause_of_death, end_process, in_actor, introduce, place_of, resident_mb
+from actors.processes import (
+    account,
+    cause_of_death,
+    end_process,
+    in_actor,
+    introduce,
+    place_of,
+    resident_mb,
+    unique_name,
+)
 from actors.staff import kill
 from actors.watchdog import ActorState, Watchdog
 from actors.weights import Part, Tensors, Weights, publish, received
@@ -95,6 +104,7 @@ class Learner:
             "num_cpus": learner.cpus_per_rank,
             "num_gpus": learner.gpus_per_rank,
             "max_restarts": 0,  # a rank alone cannot be rebuilt
+            "name": unique_name("LearnerRank"),
         }
         if self.place is None:
             options["label_selector"] = dict(learner.labels)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 LOG_LINES = 15  # that an error shows
 ANSWER_S = 3.0  # a process writes its stacks
 LOOK_S = 60.0  # at processes of another node
+
+NAMED: Counter[str] = Counter()  # how many, by role
 
 Answer = TypeVar("Answer")
 
@@ -44,6 +47,13 @@ class Place:
 
     def __str__(self) -> str:
         return f"pid {self.pid or 'unknown'}, node {self.node_ip} {self.node_id[:12]}".rstrip()
+
+
+def unique_name(role: str) -> str:
+    """Of an actor of this process, which the Ray dashboard shows: RolloutWorker-0, RolloutWorker-1, and so on; one that takes
+    the place of another has the next number."""
+    NAMED[role] += 1
+    return f"{role}-{NAMED[role] - 1}"
 
 
 def place_of(actor: Any) -> Place:

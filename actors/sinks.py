@@ -22,7 +22,7 @@ from ray.util.metrics import Counter, Gauge
 from actors.processes import one_line
 from diffrl.config.telemetry import TelemetryConfig
 from diffrl.errors import ConfigError
-from diffrl.metrics import Metric, find
+from diffrl.metrics import STEP_ENDED_AT, STEPS, Metric, find
 
 RAY_METRICS: dict[str, Any] = {}  # by name: a process makes each of them once
 FLUSH_S = 2.0  # what a run that is killed may have lost of TensorBoard's files
@@ -110,7 +110,6 @@ class RayMetrics:
     def __init__(self, run: SinkRun):
         self.run = run.name
         self.totals: dict[str, float] = {}  # of counters, by key
-        self.steps = Metric(name="steps", unit="steps", kind="gauge", help="done by the run", stage="both")
 
     def write(self, steps: int, values: Mapping[str, float]) -> None:
         if not ray.is_initialized():
@@ -125,7 +124,8 @@ class RayMetrics:
                 self.of(metric).set(value, tags)
             elif (more := value if metric.kind == "count" else self.growth(key, value)) > 0:
                 self.of(metric).inc(more, tags)
-        self.of(self.steps).set(steps, {"run": self.run})
+        self.of(STEPS).set(steps, {"run": self.run})
+        self.of(STEP_ENDED_AT).set(time.time(), {"run": self.run})
 
     def growth(self, key: str, value: float) -> float:
         """Of a counter, which begins at zero with every start of the run."""

@@ -16,7 +16,7 @@ from actors.elastic import ElasticPool, Room
 from actors.machine import CONNECT_S, check_ray
 from actors.placement import Ask, asks_of, make_room
 from actors.pool import WorkerPool
-from actors.processes import one_line, resident_mb
+from actors.processes import one_line, resident_mb, unique_name
 from actors.reference import Reference
 from actors.reward import RewardWorker
 from actors.rollout import RolloutWorker
@@ -135,7 +135,7 @@ def spawner(actor_class: type, options: dict[str, Any], *args: Any, **kwargs: An
     """A function that starts one such actor. Restarts are the pool's business, so Ray itself does none."""
     settings: Any = {**options, "max_restarts": 0, "max_task_retries": 0, "concurrency_groups": {QUESTIONS: 1}}
     remote: Any = ray.remote(**settings)(actor_class)
-    return lambda: remote.remote(*args, **kwargs)
+    return lambda: remote.options(name=unique_name(actor_class.__name__)).remote(*args, **kwargs)
 
 
 def num_cpus_needed(config: AnyConfig) -> float:

@@ -164,6 +164,9 @@ METRICS = (
     gauge("time/step", "s", "the train step", stage="supervised", varies=True),
     gauge("time/tokens_per_second", "tokens/s", "trained on", stage="supervised", varies=True),
 )
+# No lines of metrics.jsonl have these, of which Prometheus is told with every step.
+STEPS = gauge("steps", "steps", "done by the run", stage="both")
+STEP_ENDED_AT = gauge("step_ended_at", "unix time", "when the last step was done", stage="both", varies=True)
 _PLAIN: Mapping[str, Metric] = {metric.name: metric for metric in METRICS if not metric.labels}
 _PATTERNS = [(metric.pattern, metric) for metric in METRICS if metric.labels]
 

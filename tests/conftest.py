@@ -39,8 +39,10 @@ class RayCluster:
 def ray_cluster() -> Iterator[RayCluster]:
     import ray
 
-    port, dashboard_port, agent_port, client_port = free_ports(4)
+    port, dashboard_port, agent_port, client_port, *metrics_ports = free_ports(6)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    # A second head on this machine would not start without.
+    environment |= zip(("DASHBOARD_METRIC_PORT", "AUTOSCALER_METRIC_PORT"), map(str, metrics_ports), strict=True)
     # Ray puts sockets below its folder, whose names must be short.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         command = [

@@ -19,7 +19,7 @@ from actors.run_start import begin
 from actors.stages import train_supervised
 from actors.system import System, room_for
 from actors.telemetry import Telemetry
-from diffrl.config import RLConfig, SftConfig
+from diffrl.config import RLConfig, SftConfig, TelemetryConfig
 from diffrl.config_file import validate
 from diffrl.data.microcode import microcode_problems
 from diffrl.data.sft import fenced
@@ -138,7 +138,10 @@ def rl_config(model: Path, problems_file: Path, run_dir: Path, /, **sections: di
 
 @contextmanager
 def opened(
-    config: RLConfig, run_class: type[Run] = Run, prepare_system: Callable[[System], None] = lambda system: None
+    config: RLConfig,
+    run_class: type[Run] = Run,
+    prepare_system: Callable[[System], None] = lambda system: None,
+    telemetry_config: TelemetryConfig | None = None,
 ) -> Iterator[Run]:
     """A run as `actors.driver.train` makes it, of a class of the test's own or with other workers."""
     prepared, start = prepare(config), begin(config, None)
@@ -147,7 +150,7 @@ def opened(
         room_for(prepared.config, asks_of(prepared.config)),
         Learner(prepared.config, prepared.tokenizer, prepared.num_steps) as learner,
         System(prepared.config, prepared.tokenizer) as system,
-        Telemetry(start.folder, prepared.num_steps) as telemetry,
+        Telemetry(start.folder, prepared.num_steps, config=telemetry_config) as telemetry,
     ):
         prepare_system(system)
         yield run_class(prepared, start, system, learner, telemetry)

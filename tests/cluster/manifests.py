@@ -18,8 +18,8 @@ from tests.container_engine import unavailable
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 BUILT = sorted(str(path.parent.relative_to(CLUSTER)) for path in CLUSTER.rglob("kustomization.yaml"))
-# Kinds of other projects, whose schemas are not among ours.
-WITHOUT_SCHEMA = {"ClusterQueue", "LocalQueue", "ResourceFlavor", "ScaledObject"}
+# Kinds of other projects, whose schemas are not among ours; of the last two: test_dashboards.py.
+WITHOUT_SCHEMA = {"ClusterQueue", "LocalQueue", "ResourceFlavor", "ScaledObject", "PodMonitor", "PrometheusRule"}
 
 GPU, TRAIN, TALK, NIGHTLY = "overlays/gpu-8xh100", "jobs/train", "jobs/interactive", "jobs/evaluate"
 

@@ -31,7 +31,11 @@ from tests.cluster.manifests import (
 from tests.cluster.operator_rules import AUTOSCALER_V2
 from tests.cluster.schemas import schemas
 
-OF_USERS = {"adapter-values.yaml", "sandbox-token.example.yaml"}  # no part of a build: Helm values, a template
+# No part of a build: Helm values, a template, and what prometheusrule.yaml is made of and tested with.
+OF_USERS = {
+    *("adapter-values.yaml", "sandbox-token.example.yaml", "monitoring/stack-values.yaml"),
+    *("monitoring/rules.yaml", "monitoring/rules_test.yaml"),
+}
 GI = 2**30
 
 
@@ -159,14 +163,18 @@ AT_ONCE = {"learner": (LEARNER, 1, 1), "rollout": (ROLLOUT, 4, 4), "reward": (RE
 EXPECTED = {
     **dict.fromkeys(("base", "overlays/dev"), ON_CPUS),
     **dict.fromkeys((GPU, "overlays/gvisor", "overlays/air-gapped", "overlays/gcs-ft", "overlays/keda"), ON_GPUS),
-    **dict.fromkeys(("overlays/restricted", TALK), ON_GPUS),
+    **dict.fromkeys(("overlays/monitoring", "overlays/restricted", TALK), ON_GPUS),
     **dict.fromkeys((TRAIN, "overlays/kueue", "overlays/object-store"), AT_ONCE),
     "overlays/spot": ON_GPUS | {"rollout-spot": (ROLLOUT, 0, 8)},
     NIGHTLY: {"rollout": (ROLLOUT, 1, 1)},
 }
 
 
-@pytest.mark.parametrize("name", BUILT)
+def test_every_folder_but_one_has_a_ray_cluster() -> None:
+    assert {*EXPECTED, "monitoring"} == set(BUILT)
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_ray_reads_the_groups_as_they_are_meant(name: str) -> None:
     ((manifest, spec),) = ray_clusters(name)
     read = ray_reads({"metadata": manifest["metadata"], "spec": spec})
