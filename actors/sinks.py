@@ -8,6 +8,7 @@ To add one: write the class (a `Sink`), add its line to SINKS and its package to
 """
 
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from diffrl.errors import ConfigError
 from diffrl.metrics import STEP_ENDED_AT, STEPS, Metric, find
 
 RAY_METRICS: dict[str, Any] = {}  # by name: a process makes each of them once
+REPEAT_S = 5.0  # Ray's processes tell their metrics every 10 s
 FLUSH_S = 2.0  # what a run that is killed may have lost of TensorBoard's files
 # Module and what installs it.
 PACKAGES = {
@@ -105,11 +107,16 @@ class TensorBoard:
 
 class RayMetrics:
     """Ray's own metrics: what it tells Prometheus of a cluster has ours too, as `ray_` and the name of `Metric.prometheus`,
-    with the labels of the metric and `run`. There a count or a counter only ever grows."""
+    with the labels of the metric and `run`. There a count or a counter only ever grows. Ray tells a gauge once each time
+    that it is set, and Prometheus forgets what it is not told: so gauges are set again while a step goes on."""
 
     def __init__(self, run: SinkRun):
         self.run = run.name
         self.totals: dict[str, float] = {}  # of counters, by key
+        self.gauges: dict[tuple[str, ...], tuple[Any, float, dict[str, str]]] = {}  # as they were set last
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.repeat, daemon=True)
+        self.thread.start()
 
     def write(self, steps: int, values: Mapping[str, float]) -> None:
         if not ray.is_initialized():
@@ -121,11 +128,22 @@ class RayMetrics:
             metric, labels = found
             tags = {"run": self.run, **dict(zip(metric.labels, labels, strict=True))}
             if metric.kind == "gauge":
-                self.of(metric).set(value, tags)
+                self.set(metric, value, tags)
             elif (more := value if metric.kind == "count" else self.growth(key, value)) > 0:
                 self.of(metric).inc(more, tags)
-        self.of(STEPS).set(steps, {"run": self.run})
-        self.of(STEP_ENDED_AT).set(time.time(), {"run": self.run})
+        self.set(STEPS, steps, {"run": self.run})
+        self.set(STEP_ENDED_AT, time.time(), {"run": self.run})
+
+    def set(self, metric: Metric, value: float, tags: dict[str, str]) -> None:
+        gauge = self.of(metric)
+        gauge.set(value, tags)
+        self.gauges[metric.prometheus, *tags.values()] = gauge, value, tags
+
+    def repeat(self) -> None:
+        while not self.ended.wait(REPEAT_S):
+            for gauge, value, tags in list(self.gauges.values()):
+                if ray.is_initialized():
+                    gauge.set(value, tags)
 
     def growth(self, key: str, value: float) -> float:
         """Of a counter, which begins at zero with every start of the run."""
@@ -143,7 +161,8 @@ class RayMetrics:
         """Time goes forward there."""
 
     def close(self) -> None:
-        """Ray ends with its cluster."""
+        self.ended.set()
+        self.thread.join()
 
 
 class WandB:

@@ -65,7 +65,7 @@ def prometheus(folder: Path, targets: Path) -> Iterator[Prometheus]:
     described["groups"][0]["interval"] = "1s"
     (folder / "rules.yaml").write_text(yaml.safe_dump(described))
     config = {
-        "global": {"scrape_interval": "10s", "scrape_timeout": "10s", "evaluation_interval": "1s"},
+        "global": {"scrape_interval": "15s", "scrape_timeout": "10s", "evaluation_interval": "1s"},
         "rule_files": [str(folder / "rules.yaml")],
         "scrape_configs": [
             {"job_name": "ray", "file_sd_configs": [{"files": [str(targets)], "refresh_interval": "1s"}]}
