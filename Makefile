@@ -45,7 +45,7 @@ kustomize:
 browser:
 	$(call debian,chromium,chromium fonts-dejavu-core,tests in a browser are skipped)
 
-# What scrapes a run in tests, and checks the rules; no service is left running.
+# What scrapes a run in tests, and checks the rules. Where systemd runs, Debian starts a Prometheus of its own with it.
 prometheus:
 	$(call debian,prometheus promtool,prometheus,tests of dashboards and alerts are skipped)
 
