@@ -5,7 +5,7 @@ room for them. What a completion holds depends on (seed, model's name, problem, 
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -133,6 +133,16 @@ class TransformersSampler:
         """Nothing is held beyond `sample`."""
 
 
+@contextmanager
+def cluster_for(config: CurateConfig, name: str) -> Iterator[None]:
+    """Ray, with room for a model's workers."""
+    model = config.models[name]
+    with cluster(config.ray.address, model.num_workers * model.cpus_per_worker):
+        asked = ask(f"models.{name}", "num_workers", "per_worker", model)
+        make_room([asked], SupervisionConfig().start_s, f"models.{name}.num_workers")
+        yield
+
+
 class DiffusionSampler:
     """Our sampler, in the rollout workers of RL."""
 
@@ -154,9 +164,7 @@ class DiffusionSampler:
 
     def sample(self, problems: Iterable[Problem]) -> Iterator[Sampled]:
         model = self.model
-        self.stack.enter_context(cluster(self.config.ray.address, model.num_workers * model.cpus_per_worker))
-        asked = ask(f"models.{self.name}", "num_workers", "per_worker", model)
-        make_room([asked], SupervisionConfig().start_s, f"models.{self.name}.num_workers")
+        self.stack.enter_context(cluster_for(self.config, self.name))
         pool = WorkerPool(
             spawner(
                 RolloutWorker,

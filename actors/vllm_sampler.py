@@ -13,11 +13,8 @@ from typing import Any, cast
 import ray
 from ray.exceptions import RayError
 
-from actors.completions import Completion, Sampled, seeds_of, too_long
-from actors.placement import ask, make_room
-from actors.system import cluster
+from actors.completions import Completion, Sampled, cluster_for, seeds_of, too_long
 from diffrl.causal_sampler import open_causal_tokenizer
-from diffrl.config import SupervisionConfig
 from diffrl.config.curate import CurateConfig
 from diffrl.errors import ConfigError, RunStoppedError
 from diffrl.prompts import chat_ids
@@ -71,9 +68,7 @@ class VllmSampler:
 
     def sample(self, problems: Iterable[Problem]) -> Iterator[Sampled]:
         model = self.model
-        self.stack.enter_context(cluster(self.config.ray.address, model.num_workers * model.cpus_per_worker))
-        asked = ask(f"models.{self.name}", "num_workers", "per_worker", model)
-        make_room([asked], SupervisionConfig().start_s, f"models.{self.name}.num_workers")
+        self.stack.enter_context(cluster_for(self.config, self.name))
         remote = cast(Any, ray.remote(VllmWorker)).options(
             num_cpus=model.cpus_per_worker,
             num_gpus=model.gpus_per_worker,
