@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from diffrl.models.tiny import load_tokenizer
 from diffrl.sampler.filters import draw_tokens
 from diffrl.sampler.params import SamplingParams
+from diffrl.sampler.rows import RowNoise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +83,8 @@ def sample_causal(
     longest = max(len(prompt.ids) for prompt in prompts)
     ids_BP = torch.tensor([[0] * (longest - len(p.ids)) + list(p.ids) for p in prompts], device=device)
     mask_BP = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=device)
-    generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
+    noise, seeds = RowNoise(), [prompt.seed for prompt in prompts]
+    one_each_B1 = torch.ones(num, 1, dtype=torch.bool, device=device)
     completions: list[list[int]] = [[] for _ in prompts]
     allowed_V: Tensor | None = None
     done_B = torch.zeros(num, dtype=torch.bool)
@@ -94,7 +96,7 @@ def sample_causal(
         cache, logits_BV = out.past_key_values, out.logits[:, -1].float()
         if allowed_V is None:
             allowed_V = torch.arange(logits_BV.shape[-1], device=device) < vocab_size
-        uniform_B = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(device)
+        uniform_B = noise.uniform(seeds, range(num), one_each_B1)
         drawn_B, _ = draw_tokens(logits_BV, uniform_B, allowed_V, params)
         for row in torch.nonzero(~done_B)[:, 0].tolist():
             completions[row].append(int(drawn_B[row]))
