@@ -366,7 +366,7 @@ MISTAKES = [
     ),
     # Data
     ("rl", "data.path=data/gone.jsonl", "data.path", "data/gone.jsonl", "check the path"),
-    ("rl", "data.path=data/a.csv", "data.path", "data/a.csv", "give a .jsonl, .jsonl.gz or .parquet file"),
+    ("rl", "data.path=data/a.csv", "data.path", "data/a.csv", "give a .jsonl, .jsonl.gz, .json or .parquet file"),
     ("rl", "data.path=data/cut.jsonl", "data.path", "data/cut.jsonl line 1", "mend or remove the line"),
     ("rl", "data.path=data/no_tests.jsonl", "data.path", "problem a/1", "leave it out, or set num_prompt_tests to 0"),
     ("rl", "data.path=data/empty.jsonl", "data.path", "data/empty.jsonl", "give a file with one a line"),

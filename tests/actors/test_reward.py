@@ -146,6 +146,7 @@ def test_pool_metrics_count_from_zero_for_a_new_worker() -> None:
         "pool/workers": 2,
         "pool/cpu_ms": 6000.0,
         "pool/infra_errors": 2,
+        "pool/errors/SandboxError": 2,
         "pool/restarts": 2,
         "pool/0/busy_slots": 2.0,
         "pool/0/queue_depth": 4.0,
