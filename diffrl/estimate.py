@@ -22,7 +22,8 @@ Floating point operations: 2 N per token of a forward pass, N the parameters tha
 4 L D per layer for attention over L positions; a backward pass is two forward passes, recomputation one more. So training
 on tokens costs 6 N of them. A step of RL with mu inner iterations has (mu reference + (mu - 1) old + 3 mu learner) scoring
 passes, each of as many rows per group as its estimator has distinct inputs (2 G + 1 for the coupled one), and its rollouts
-take one forward pass of the whole row per denoising step, of an autoregressive model one in all. GPU-days = operations / (utilisation * peak).
+take one forward pass of the whole row per denoising step, of an autoregressive model one in all.
+GPU-days = operations / (utilisation * peak).
 """
 
 from collections.abc import Mapping
