@@ -208,6 +208,7 @@ class _Container:
             with contextlib.suppress(DockerException, OSError):  # gone already, or the engine is
                 _probe(self._engine_url)
                 self._engine.api.remove_container(self.id, force=True, v=True)
+                remove_orphans(self._engine)  # when a run ends nobody else may come to do it
         self._engine.close()
 
 

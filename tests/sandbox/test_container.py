@@ -300,9 +300,13 @@ def test_a_fresh_container_after_so_many_submissions(
     await_until(lambda: seen[4] not in running(engine))
 
 
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen_until", [None, "another starts", "another ends"])
 def test_a_killed_client_leaves_no_container(
-    container_engine: str, judge_image: str, engine: docker.DockerClient, own_sandbox: ContainerSandbox, frozen: bool
+    container_engine: str,
+    judge_image: str,
+    engine: docker.DockerClient,
+    own_sandbox: ContainerSandbox,
+    frozen_until: str | None,
 ) -> None:
     program = (
         "import sys, time; from sandbox.container import ContainerSandbox; from sandbox.types import Submission\n"
@@ -310,6 +314,8 @@ def test_a_killed_client_leaves_no_container(
         "sandbox.judge(Submission(id='t', code='', tests=('assert True',)))\n"
         "print(sandbox.container_id, flush=True); time.sleep(600)"
     )
+    if frozen_until == "another ends":
+        judge(own_sandbox, "", "assert True")
     client = subprocess.Popen(
         [sys.executable, "-c", program, judge_image, container_engine],
         stdout=subprocess.PIPE,
@@ -320,12 +326,14 @@ def test_a_killed_client_leaves_no_container(
     with client, client.stdout:
         container = client.stdout.readline().strip()
         assert container in running(engine)
-        if frozen:
+        if frozen_until is not None:
             engine.containers.get(container).pause()
         client.kill()
-    if frozen:
+    if frozen_until is not None:
         assert container in running(engine)
+    if frozen_until == "another starts":
         assert judge(own_sandbox, "", "assert True").statuses == (PASSED,)
+    own_sandbox.close()
     await_until(lambda: container not in running(engine))
 
 
