@@ -1,5 +1,6 @@
 """What a run tells: one line per step on the terminal with advice where something is in the way, metrics.jsonl and the
-sinks beside it (sinks.py), its board (run_board.py), the tables of a report, and at the end curves.png and where everything is."""
+sinks beside it (sinks.py), its board (run_board.py), the tables of a report, and at the end curves.png and where everything
+is."""
 
 import json
 import os
