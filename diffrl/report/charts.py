@@ -69,7 +69,8 @@ def line_chart(title: str, unit: str, curves: Sequence[Curve], *, limits: tuple[
         drawn.append(drawn_curve(curve, x, y))
     words = f"{title} ({unit}). {'; '.join(c.words for c in curves)}"
     picture = svg(WIDTH, HEIGHT, words, drawn)
-    return el("figure", el("figcaption", el("b", title), " ", el("small", unit)), picture, cls="card chart")
+    named = None if unit == title.lower() else el("small", unit)
+    return el("figure", el("figcaption", el("b", title), " ", named), picture, cls="card chart")
 
 
 def drawn_curve(curve: Curve, x, y) -> Html:

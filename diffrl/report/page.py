@@ -55,7 +55,7 @@ def page_of(runs: Sequence[ReportRun]) -> Html:
         "Results": [results.overview(runs), results.held_out(runs), results.over_seeds(groups), more_rates(runs)],
         "Curves": curves(groups),
         "Decoding order": decoding_order(groups),
-        "Verdicts": verdicts(runs),
+        "Verdicts": verdicts(groups),
         "Rollouts": rollouts([group.runs[0] for group in groups]),
         "Configuration": configuration(runs),
         "Notes": notes(runs),  # last: the others may add to them
@@ -166,29 +166,21 @@ def stored_order(groups: Sequence[Group], number: int, name: str) -> Html | None
     return line_chart(name, "share of steps", curves, limits=(0.0, 1.0)) if curves else None
 
 
-def verdicts(runs: Sequence[ReportRun]) -> list[Html | None]:
-    """How rollouts fared, run beside run."""
+def verdicts(groups: Sequence[Group]) -> list[Html | None]:
+    """How rollouts fared, configuration beside configuration."""
     shown = []
-    for run in runs:
-        columns, steps = run.run.snapshot.columns, run.run.snapshot.steps
+    for group in groups:
+        steps, shares = verdict_shares(group)
         if not len(steps):
             continue
-        place = np.searchsorted(steps, columns["step"])
-        counts = np.zeros((len(VERDICTS), len(steps)))
-        np.add.at(counts, (columns["verdict"], place), 1)
-        there = [n for n in range(len(VERDICTS)) if counts[n].any()]
-        shares = [counts[n] / counts.sum(axis=0) for n in there]
-        names = [VERDICTS[n] for n in there]
         tenth = max(1, len(steps) // 10)
-        ends = [(float(s[:tenth].mean()), float(s[-tenth:].mean())) for s in shares]
-        keys = [
-            el("li", swatch(name), f"{name} ", el("small", f"{percent(a)} → {percent(b)}"))
-            for name, (a, b) in zip(names, ends, strict=True)
-        ]
-        picture = bars(steps, shares, names, f"Verdicts of {run.name}")
-        shown.append(
-            el("figure", el("figcaption", el("b", run.name)), picture, el("ul", *keys, cls="legend"), cls="card chart")
-        )
+        keys = []
+        for name, share in shares.items():
+            ends = f"{percent(float(share[:tenth].mean()))} → {percent(float(share[-tenth:].mean()))}"
+            keys.append(el("li", swatch(name), f"{name} ", el("small", ends)))
+        picture = bars(steps, list(shares.values()), list(shares), f"Verdicts of {group.label}")
+        caption = el("figcaption", el("b", group.label))
+        shown.append(el("figure", caption, picture, el("ul", *keys, cls="legend"), cls="card chart"))
     if not shown:
         return []
     told = (
@@ -196,6 +188,17 @@ def verdicts(runs: Sequence[ReportRun]) -> list[Html | None]:
         "legends: the first and the last tenth of the steps."
     )
     return [el("p", told, cls="hint"), el("div", *shown, cls="charts")]
+
+
+def verdict_shares(group: Group) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Steps, and for each verdict that there was its share of every step's rollouts, of all seeds together."""
+    snapshots = [run.run.snapshot for run in group.runs]
+    steps = np.unique(np.concatenate([snapshot.steps for snapshot in snapshots]))
+    counts = np.zeros((len(VERDICTS), len(steps)))
+    for snapshot in snapshots:
+        np.add.at(counts, (snapshot.columns["verdict"], np.searchsorted(steps, snapshot.columns["step"])), 1)
+    shares = counts / np.maximum(1, counts.sum(axis=0))
+    return steps, {name: share for name, share in zip(VERDICTS, shares, strict=True) if share.any()}
 
 
 def swatch(name: str) -> Html:

@@ -46,8 +46,9 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[Child]], caption: str) -
     """The first cell of a row is its name; a wide table scrolls by itself."""
     head = el("thead", el("tr", *(el("th", name, scope="col") for name in heads)))
     body = [el("tr", el("th", row[0], scope="row"), *(el("td", cell) for cell in row[1:])) for row in rows]
-    made = el("table", el("caption", caption), head, el("tbody", *body))
-    return el("div", made, cls="scroll", tabindex=0, role="region", aria_label=caption)
+    made = el("table", head, el("tbody", *body), aria_label=caption)
+    box = el("div", made, cls="scroll", tabindex=0, role="region", aria_label=caption)
+    return el("div", el("p", caption, cls="caption", aria_hidden="true"), box, cls="table")
 
 
 def overview(runs: Sequence[ReportRun]) -> Html:
@@ -115,7 +116,7 @@ def held_out(runs: Sequence[ReportRun]) -> Html | None:
     problems, samples = len(next(iter(rates_of(first))).num_correct), next(iter(rates_of(first))).num_samples
     caption = (
         f"pass@1 on held-out problems at temperature 1.0 ({problems} problems, {samples} samples each, of the first run); "
-        "in brackets 95% intervals, by bootstrap over problems"
+        "in brackets 95% intervals, by bootstrap over problems; hollow: before, filled: after"
     )
     return table(heads, rows, caption)
 

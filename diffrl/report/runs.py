@@ -37,8 +37,7 @@ class ReportRun:
             self.unreadable.append("config.yaml cannot be read")
         self.facts = self.read_json("run.json")
         self.before, self.after = self.rates("before"), self.rates("after")
-        while run.refresh():
-            pass
+        run.refresh()
 
     def read_json(self, name: str) -> dict[str, Any]:
         try:
@@ -139,14 +138,20 @@ def open_runs(folders: Sequence[str]) -> list[ReportRun]:
     places = [run.path.resolve() for run in opened]
     if twice := next((f for f, place in zip(folders, places, strict=True) if places.count(place) > 1), None):
         raise ConfigError(f"RUN: {twice} is given twice; name every run once")
-    short = ["/".join(place.parts[-2:]) for place in places]
-    names = short if len(set(short)) == len(short) else [str(place) for place in places]
-    runs = [ReportRun(run, name) for run, name in zip(opened, names, strict=True)]
+    runs = [ReportRun(run, name) for run, name in zip(opened, names_of(places), strict=True)]
     if empty := next((f for f, run in zip(folders, runs, strict=True) if run.is_empty), None):
         raise ConfigError(
             f"RUN: {empty} has no step, rollout or report yet; wait for its first step, or give another run"
         )
     return runs
+
+
+def names_of(places: Sequence[Path]) -> list[str]:
+    """What tells runs apart: quickstart/rl of one, coupled-0 and coupled-1 of two in one folder."""
+    if len(places) > 1 and len({place.parent for place in places}) == 1:
+        return [place.name for place in places]
+    short = ["/".join(place.parts[-2:]) for place in places]
+    return short if len(set(short)) == len(short) else [str(place) for place in places]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
