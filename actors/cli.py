@@ -222,11 +222,14 @@ def board(
 def report(
     runs: Annotated[list[str], typer.Argument(help="folders of runs, such as runs/quickstart/rl", metavar="RUN...")],
     out: Annotated[str, typer.Option(help="the HTML file to write")] = "report.html",
+    evaluations: Annotated[
+        list[str] | None, typer.Option("--eval", help="folder of a diffrl eval, to be listed beside the runs")
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page about runs: results with intervals, curves, verdicts, rollouts, configuration."""
     from diffrl.report.page import write_report
 
-    print(write_report(runs, out))
+    print(write_report(runs, out, evaluations or []))
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from diffrl.files import write_whole
 from diffrl.metrics import find
 from diffrl.report import results
 from diffrl.report.charts import NUM_STYLES, Curve, bars, brief, curve_of, line_chart, percent
+from diffrl.report.evaluations import Evaluation, evaluation_table, open_evaluations
 from diffrl.report.html import Html, el, join
 from diffrl.report.runs import Group, ReportRun, differences, groups_of, open_runs, shown_value
 from diffrl.report.samples import LEVELS, MAX_TOKENS, Sample, samples_of
@@ -35,13 +36,13 @@ ORDER_CURVES = {"order/local_ar@1": "Local AR-ness@1", "order/global_ar@1": "Glo
 MAX_SAMPLES = 4  # runs of which rollouts are shown
 
 
-def write_report(folders: Sequence[str], out: str) -> Path:
-    """Raises ConfigError for what is no run, or cannot be written."""
+def write_report(folders: Sequence[str], out: str, evaluations: Sequence[str] = ()) -> Path:
+    """`evaluations`: folders of `diffrl eval`. Raises ConfigError for what is no run or no evaluation, or cannot be written."""
     file = Path(out)
     if file.is_dir() or not file.absolute().parent.is_dir():
         what = "is a folder" if file.is_dir() else f"cannot be written: there is no folder {file.absolute().parent}"
         raise ConfigError(f"--out: {out} {what}; give the name of a file, such as report.html")
-    page = page_of(open_runs(folders))
+    page = page_of(open_runs(folders), open_evaluations(evaluations))
     try:
         write_whole(file, f"{page}\n")
     except OSError as error:
@@ -49,10 +50,11 @@ def write_report(folders: Sequence[str], out: str) -> Path:
     return file
 
 
-def page_of(runs: Sequence[ReportRun]) -> Html:
+def page_of(runs: Sequence[ReportRun], evaluations: Mapping[str, Evaluation]) -> Html:
     groups = groups_of(runs)
+    tables = [results.overview(runs), results.held_out(runs), results.over_seeds(groups), evaluation_table(evaluations)]
     sections = {
-        "Results": [results.overview(runs), results.held_out(runs), results.over_seeds(groups), more_rates(runs)],
+        "Results": [*tables, more_rates(runs)],
         "Curves": curves(groups),
         "Decoding order": decoding_order(groups),
         "Verdicts": verdicts(groups),

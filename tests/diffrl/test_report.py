@@ -253,6 +253,44 @@ def test_supervised_runs_have_losses(tmp_path):
     assert [words(h) for h in page.iter("h2")] == ["Results", "Curves", "Configuration"]
 
 
+def test_evaluations_are_listed_as_they_are(own, tmp_path):
+    """One with two temperatures, of which one has no pass@2, and one on whose problems the judge failed."""
+    rate = {"mean": 0.25, "low": 0.125, "high": 0.5, "num_problems": 8}
+    score = {
+        "temperature": 0.0,
+        "num_samples": 1,
+        "num_problems": 8,
+        "pass@1": rate,
+        "low_trust_share": 0.125,
+        "num_masked": 0,
+    }
+    warm = score | {"temperature": 0.4, "num_samples": 2, "pass@2": rate | {"mean": 0.375}}
+    lost = score | {"pass@1": None, "num_masked": 8}
+    results = {"benchmark": "humaneval", "settings": {"model": "model, sha256 00ff"}, "run": {}}
+    for name, scores in (("a", [score, warm]), ("b", [lost])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(results | {"scores": scores}))
+    places = [str(tmp_path / name) for name in ("a", "b")]
+    page = parsed(write_report([str(own)], str(tmp_path / "x.html"), places).read_text())
+    head, *rows = table(page, "Benchmarks")
+    assert head == [
+        *("evaluation", "benchmark", "model", "temperature", "samples", "pass@1", "pass@2", "trust: low", "masked"),
+    ]
+    assert [row[3:] for row in rows] == [
+        ["0", "1 x 8", "25.0% [12.5, 50.0]", "—", "12.5%", "0"],
+        ["0.4", "2 x 8", "25.0% [12.5, 50.0]", "37.5% [12.5, 50.0]", "12.5%", "0"],
+        ["0", "1 x 8", "—", "—", "12.5%", "8"],
+    ]
+    assert [row[:3] for row in rows] == [[place, "humaneval", "model"] for place in (places[0], *places)]
+    (tmp_path / "b/results.json").write_text("[1]")
+    for place, said in (
+        (places[1], "does not hold what diffrl eval writes"),
+        (f"{tmp_path}/c", "no results.json can be read"),
+    ):
+        with pytest.raises(ConfigError, match=f"^--eval: .*{said}"):
+            write_report([str(own)], str(tmp_path / "y.html"), [place])
+
+
 def test_the_page_needs_nothing_else(tmp_path, folders):
     text = report(tmp_path, *folders)
     page = parsed(text)
