@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
     return make_run(tmp_path / "run", Shape(steps=2))
 
 
-def until(found: Callable[[], Any], seconds: float = 60) -> Any:
+def until(found: Callable[[], Any], seconds: float = 300) -> Any:
     deadline = time.monotonic() + seconds
     while not (value := found()):
         assert time.monotonic() < deadline
