@@ -33,9 +33,8 @@ def pages(tmp_path_factory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("runs")
 
     def rl(name: str, seed: int, estimator: str) -> Path:
-        return make_rl_run(
-            root / name, seed, {"estimator": estimator}, Shape(steps=8, groups=4, group_size=6, seed=seed)
-        )
+        shape = Shape(steps=8, groups=4, group_size=6, seed=seed + 10 * len(estimator))
+        return make_rl_run(root / name, seed, {"estimator": estimator}, shape)
 
     seeds = [rl(f"{name}-{seed}", seed, name) for name in ("coupled", "decoupled") for seed in (0, 1)]
     runs = {
