@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv system engine kustomize browser prometheus ray-screenshot quickstart quickstart-seeds screenshots bench-board bench-control-plane bench-judge bench-learner bench-sampler bench-sampler-frontier bench-sampler-gpu bench-staleness study-curation study-staleness bench-supervised bench-telemetry lint test test-gpu test-slow clean
+.PHONY: venv system engine kustomize browser axe prometheus ray-screenshot quickstart quickstart-seeds screenshots bench-board bench-control-plane bench-judge bench-learner bench-sampler bench-sampler-frontier bench-sampler-gpu bench-staleness study-curation study-staleness bench-supervised bench-telemetry lint test test-gpu test-slow clean
 
 venv: $(STAMP)
 
@@ -44,6 +44,13 @@ kustomize:
 # What opens pages in the tests.
 browser:
 	$(call debian,chromium,chromium fonts-dejavu-core,tests in a browser are skipped)
+
+# What looks for pages that some people cannot read: one script, from a package of which nothing else is used.
+AXE := $(VENV)/axe
+axe: $(AXE)
+
+$(AXE): | $(STAMP)
+	$(BIN)/pip install -q --no-deps --target $@ axe-playwright-python==0.1.8
 
 # What scrapes a run in tests, and checks the rules. Where systemd runs, Debian starts a Prometheus of its own with it.
 prometheus:
@@ -109,7 +116,7 @@ test: lint system engine kustomize prometheus
 test-gpu: venv system
 	$(BIN)/python -m pytest -m gpu --durations=25
 
-test-slow: venv system engine kustomize prometheus browser
+test-slow: venv system engine kustomize prometheus browser axe
 	$(BIN)/python -m pytest -m slow --durations=25
 
 clean:

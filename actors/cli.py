@@ -1,6 +1,6 @@
-"""The `diffrl` command: train, replay, pipeline, curate, submit, status, board, doctor, eval, generate, judge, data, sandbox,
-config. Bad input is one line on stderr and exit status 2; a run that had to stop, one line and status 1. Every command imports
-what it needs: the configs alone bring torch.
+"""The `diffrl` command: train, replay, pipeline, curate, submit, status, board, report, doctor, eval, generate, judge, data,
+sandbox, config. Bad input is one line on stderr and exit status 2; a run that had to stop, one line and status 1. Every command
+imports what it needs: the configs alone bring torch.
 """
 
 import sys
@@ -216,6 +216,20 @@ def board(
 
     options = BoardOptions(host=host, port=port, token=token, names=tuple(name or ()), tokenizer=tokenizer)
     serve([folder for folder in (run, run2) if folder is not None], options)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(help="folders of runs, such as runs/quickstart/rl", metavar="RUN...")],
+    out: Annotated[str, typer.Option(help="the HTML file to write")] = "report.html",
+    evaluations: Annotated[
+        list[str] | None, typer.Option("--eval", help="folder of a diffrl eval, to be listed beside the runs")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page about runs: results with intervals, curves, verdicts, rollouts, configuration."""
+    from diffrl.report.page import write_report
+
+    print(write_report(runs, out, evaluations or []))
 
 
 @app.command()

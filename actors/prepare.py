@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from actors.placement import asks_of, check_cluster, check_labels
 from actors.reward import backend_options
+from actors.run_board import check_board
 from actors.sinks import check_sinks
 from diffrl.config import AnyConfig, PretrainConfig, RLConfig, SandboxConfig, SftConfig
 from diffrl.data.sources import problems_of
@@ -51,6 +52,7 @@ def prepare(config: RLConfig) -> Prepared:
         check_run_folder(Path(config.run_dir), config.model.path)
         check_devices(config)
         check_sinks(config.telemetry)
+        check_board(config.telemetry)
         if config.checkpoint.copy_to is not None:
             Mirror(config.checkpoint.copy_to)
         sandbox, sandbox_reason = choose_sandbox(config.sandbox)

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerFast
 
 from actors.placement import asks_of, check_cluster, hosts, make_room, require_shared
 from actors.prepare import absolute_model_path, check_devices, said_in_a_line
+from actors.run_board import check_board
 from actors.sinks import check_sinks
 from actors.stage_worker import StageJob, run_stage
 from actors.system import connect, num_cpus_needed
@@ -133,6 +134,7 @@ def prepare_stage(config: PretrainConfig | SftConfig, folder: Path) -> PreparedS
         check_run_folder(Path(config.run_dir), config.model.path)
         check_devices(config)
         check_sinks(config.telemetry)
+        check_board(config.telemetry)
         tokenizer = load_policy_tokenizer(config.model)
         model = check_policy(config.model, tokenizer)
         check_lengths(config, model.config.max_position_embeddings)

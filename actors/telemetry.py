@@ -1,5 +1,6 @@
 """What a run tells: one line per step on the terminal with advice where something is in the way, metrics.jsonl and the
-sinks beside it (sinks.py), the tables of a report, and at the end curves.png and where everything is."""
+sinks beside it (sinks.py), its board (run_board.py), the tables of a report, and at the end curves.png and where everything
+is."""
 
 import json
 import os
@@ -19,6 +20,7 @@ from actors.advice import AGAIN, WINDOW, advise
 from actors.batcher import RolloutStats
 from actors.evaluate import PassRates
 from actors.processes import one_line
+from actors.run_board import RunBoard
 from actors.sinks import Sinks
 from diffrl.config.telemetry import TelemetryConfig
 from diffrl.curves import CURVES, write_curves
@@ -51,13 +53,18 @@ class Telemetry:
         self.sinks = Sinks(config or TelemetryConfig(sinks=[]), folder, title, self.say)
         self.rows: deque[Mapping[str, float]] = deque(maxlen=WINDOW)  # of the last steps
         self.advised: dict[str, int] = {}  # the step at which something was said last
+        self.board: RunBoard | None = None
 
     def __enter__(self) -> Self:
         self.progress.start()
+        if self.config is not None and self.config.board_port is not None:
+            self.board = RunBoard(self.folder, self.config.board_port, self.say)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
         self.progress.stop()
+        if self.board is not None:
+            self.board.close()
         self.sinks.close()
         self.metrics.close()
         if self.config is None:

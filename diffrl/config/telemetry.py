@@ -16,6 +16,8 @@ class TelemetryConfig(Section):
     # services, which take the rest of their settings from their own environment variables.
     sinks: Sequence[SinkName] = ["tensorboard", "ray"]
     project: Annotated[str, Field(pattern=r"^[\w. -]+$")] = "diffrl"  # of wandb; the experiment of mlflow
+    # While it goes on the run serves its own board (`diffrl board`) on this port of 127.0.0.1; 0: a free one; None: not.
+    board_port: Annotated[int, Field(ge=0, le=65_535)] | None = None
 
     @model_validator(mode="after")
     def check(self):

@@ -47,6 +47,7 @@ COMMANDS = (
     "diffrl doctor",
     "diffrl status",
     "diffrl board",
+    "diffrl report",
     "diffrl config",
     "diffrl data prepare",
     "diffrl data add-tokens",
@@ -71,7 +72,7 @@ def readme_commands() -> list[str]:
     blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", text)
     commands = [line.partition("  #")[0].strip() for line in lines]
-    ours = "train|submit|pipeline|data|curate|eval|generate|config|judge|sandbox|doctor|status|board"
+    ours = "train|submit|pipeline|data|curate|eval|generate|config|judge|sandbox|doctor|status|board|report"
     return [c for c in commands if re.match(rf"(diffrl ({ours})|ray|(\S+/)?python3?) [^A-Z]", c)]
 
 
@@ -283,6 +284,16 @@ def test_the_board_of_a_run_is_served(tmp_path: Path):
                 assert page.status == 200 and b"<html" in page.read()
         finally:
             board.terminate()
+
+
+def test_a_report_of_a_run_is_written(tmp_path: Path, called: Called):
+    """And what is no run is said in a line."""
+    run_dir, out = make_run(tmp_path / "run", Shape(steps=2)), tmp_path / "report.html"
+    command = readme("diffrl report", **{"runs/quickstart/rl": str(run_dir), "report.html": str(out)})
+    assert called(*command[1:]) == (0, f"{out}\n", "")
+    assert out.read_text().startswith("<!doctype html>\n<html") and out.read_text().count("<article") == 4
+    one_line(called("report", str(tmp_path / "x"), "--out", str(out)), [f"RUN: {tmp_path}/x is not there"])
+    one_line(called("report", str(run_dir), "--out", str(tmp_path)), [f"--out: {tmp_path} is a folder"])
 
 
 def test_an_autoregressive_folder_gets_its_tokens(tmp_path: Path):

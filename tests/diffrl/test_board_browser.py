@@ -15,6 +15,7 @@ import pytest
 
 from diffrl.board.server import BoardOptions, open_board
 from diffrl.rollout_store import step_file
+from tests.axe import violations
 from tests.browser import CHROMIUM, Browser, BrowserError, chromium
 from tests.diffrl.board_run import Shape, add_step, make_run
 
@@ -324,6 +325,7 @@ def test_everything_can_be_read_and_has_a_name(browser, url, scheme):
     for place, until in PLACES.items():
         go(browser, url, place, until)
         assert browser.eval(FAINT) == [], place
+        assert violations(browser) == [], place
         nodes = browser.send("Accessibility.getFullAXTree")["nodes"]
         roles = {
             "button",
