@@ -1,6 +1,5 @@
 """What `diffrl variance` does: completions, sampled or a run's own, scored under every estimator. No Ray, one process."""
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ from diffrl.models.loading import load_policy
 from diffrl.models.tokens import end_ids
 from diffrl.prompts import build_prompt
 from diffrl.rollout_store import read_step, scored_groups, step_file
-from diffrl.sampler import Engine
+from diffrl.sampler import Canvas, Engine
 from diffrl.scoring import to_device
 from diffrl.seeds import derive_seed
 from diffrl.types import Problem, RolloutGroup
@@ -72,7 +71,7 @@ def laboratory(
     names = names_of(options.estimators)
     ranges = [range_of(text) for text in options.t_ranges]
     for distribution in options.t_distributions:
-        said("--t-distribution", one_of, "", distribution, T_DISTRIBUTIONS)
+        known("--t-distribution", distribution, T_DISTRIBUTIONS)
     compared, left_out = variants(
         names, pairs=counts_of(options.lambdas), ranges=ranges, distributions=options.t_distributions
     )
@@ -109,27 +108,7 @@ def laboratory(
             end_ids=end_ids(tokenizer),
             device=next(model.parameters()).device,
         )
-        seeds = [
-            [derive_seed(sampling.seed, "variance", problem.id, index) for index in range(options.samples)]
-            for problem in problems
-        ]
-        for canvas, own in zip(canvases, seeds, strict=True):
-            for seed in own:
-                engine.add(replace(canvas, seed=seed))
-        rows = iter(engine.run())
-        groups = [
-            RolloutGroup(
-                problem=problem,
-                ordinal=ordinal,
-                policy_version=0,
-                prompt_ids_P=canvas.ids_L[~canvas.hidden_L].numpy(),
-                rollouts=tuple(
-                    rollout_of(tokenizer, next(rows), completion_tokens=num_tokens, index=index, seed=seed)
-                    for index, seed in enumerate(own)
-                ),
-            )
-            for ordinal, (problem, canvas, own) in enumerate(zip(problems, canvases, seeds, strict=True))
-        ]
+        groups = sampled_groups(engine, tokenizer, problems, canvases, options.samples, sampling.seed)
     assert tokenizer.pad_token_id is not None
     batch = to_device(batch_of(groups, int(tokenizer.pad_token_id)), next(model.parameters()).device)
     scorer = Scorer(model, batch)
@@ -137,7 +116,9 @@ def laboratory(
     truth = find_truth(scorer, t_range=ranges[0], num_masks=options.masks, seed=sampling.seed)
     found = []
     for number, variant in enumerate(compared, start=1):
-        progress(f"{number} of {len(compared)}: {variant.estimator} {variant.size}, {variant.masks} masks, t {variant.t}")
+        progress(
+            f"{number} of {len(compared)}: {variant.estimator} {variant.size}, {variant.masks} masks, t {variant.t}"
+        )
         found.append(measure(scorer, truth, variant, draws=options.draws, seed=sampling.seed))
     settings = {
         "problems": [group.problem.id for group in groups],
@@ -192,6 +173,36 @@ def chosen_problems(source: ProblemsConfig | None, count: int) -> list[Problem]:
     return [found[index * len(found) // count] for index in range(count)]
 
 
+def sampled_groups(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: Sequence[Problem],
+    canvases: Sequence[Canvas],
+    samples: int,
+    seed: int,
+) -> list[RolloutGroup]:
+    seeds = [[derive_seed(seed, "variance", p.id, index) for index in range(samples)] for p in problems]
+    for canvas, own in zip(canvases, seeds, strict=True):
+        for row_seed in own:
+            engine.add(replace(canvas, seed=row_seed))
+    rows = iter(engine.run())
+    return [
+        RolloutGroup(
+            problem=problem,
+            ordinal=ordinal,
+            policy_version=0,
+            prompt_ids_P=canvas.ids_L[~canvas.hidden_L].numpy(),
+            rollouts=tuple(
+                rollout_of(
+                    tokenizer, next(rows), completion_tokens=int(canvas.hidden_L.sum()), index=index, seed=row_seed
+                )
+                for index, row_seed in enumerate(own)
+            ),
+        )
+        for ordinal, (problem, canvas, own) in enumerate(zip(problems, canvases, seeds, strict=True))
+    ]
+
+
 def stored_groups(
     run: Path, step: int | None, tokenizer: PreTrainedTokenizerFast, options: LaboratoryOptions
 ) -> list[RolloutGroup]:
@@ -212,7 +223,9 @@ def stored_groups(
             raise ConfigError(f"{option}: {asked} must be at most {there}, as many as step {step} of {run} has")
     largest = max(int(r.completion_ids_C.max()) for group in groups for r in group.rollouts)
     if largest >= len(tokenizer):
-        raise ConfigError(f"--rollouts: {run} has token {largest} and MODEL {len(tokenizer)} tokens; give the run's own model")
+        raise ConfigError(
+            f"--rollouts: {run} has token {largest} and MODEL {len(tokenizer)} tokens; give the run's own model"
+        )
     return [replace(g, rollouts=g.rollouts[: options.samples]) for g in groups[: options.problems]]
 
 
@@ -237,19 +250,18 @@ def fits(prompt: int, completion: int, folder: Path) -> None:
 
 
 def names_of(text: str) -> list[str]:
-    known: Mapping[str, object] = {name: e for name, e in ESTIMATORS.items() if e.family == "diffusion"}
+    diffusion = {name: e for name, e in ESTIMATORS.items() if e.family == "diffusion"}
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
-        said("--estimators", one_of, "", name, known)
+        known("--estimators", name, diffusion)
     return names
 
 
-def said(option: str, check, field: str, *args: object) -> None:
-    """A check's ValueError in the command line's name."""
+def known(option: str, name: str, names: Mapping[str, object]) -> None:
     try:
-        check(field, *args)
+        one_of(option, name, names)
     except ValueError as error:
-        raise ConfigError(f"{option}{error}") from error
+        raise ConfigError(str(error)) from error
 
 
 def counts_of(text: str) -> list[int]:

@@ -7,8 +7,10 @@ with evenly spread t as sum(w log p) / sum(w), w = 1/t where the token is hidden
 of bias goes down with the number of masks, as its own standard error does, which every bias is told with.
 
 An estimate is divided by its estimator's declared mean weight (estimators.py), so that all are on the truth's scale; `raw`
-biases are without that division. What then stays of bias is the fully hidden view's: u(1) weighs 1 in `full_mask`,
-1/(2 lambda + 1) in `coupled` and `decoupled`, 1/(lambda + 1) in `coupled_normalized`.
+biases are without that division. Biases are means over draws of sum_S w (log p - truth) / mean weight: of the same expectation
+as estimate - truth, since w has that mean, and free of the noise that weights alone make. What is left of bias is the fully
+hidden view's: u(1) weighs 1 in `full_mask`, 1/(2 lambda + 1) in `coupled` and `decoupled`, 1/(lambda + 1) in
+`coupled_normalized`; and that of another range or distribution of t.
 
 Cost is counted in forward passes per completion: rows that go through the backbone, of which a view that hides everything
 needs one for all siblings. At equal compute: draws are averaged until a row has had so many passes, which divides the
@@ -20,6 +22,7 @@ All variances are over draws of t and masks; completions and model stay. Interva
 Shapes: D draws, B rows (siblings adjacent), G siblings, N = B / G groups, C completion tokens, S views, P parts of the truth.
 """
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -146,7 +149,7 @@ def simulate_weights(
     """By simulation, t drawn per row: `all` views; `pairs`, the random views by themselves as the loss weighs them; and
     `bare`, these before the factor of eq. 13, which is the weight of the fully hidden view."""
     generator = torch.Generator().manual_seed(seed)
-    views = ESTIMATORS[name](generator, rows, tokens, replace(options, share_t="row"))
+    views = ESTIMATORS[name](generator, rows, tokens, replace(options, share_t="row", share_masks=False))
     full_S = views.hidden_SBC.flatten(1).all(1)
     found = {"all": weights_of(views.weight_SBC)}
     if bool(full_S.any()) and not bool(full_S.all()):
@@ -238,12 +241,12 @@ def draw_step(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Truth:
-    """Truth(t_range=(0.2, 0.8), num_masks=2048, token_BC=tensor(...), parts_PBC=tensor(...)): parts of the masks by themselves."""
+    """Truth(t_range=(0.2, 0.8), num_masks=2048, token_BC=tensor(...), parts_PBC=tensor(...))"""
 
     t_range: tuple[float, float]
     num_masks: int
     token_BC: Tensor  # float64
-    parts_PBC: Tensor
+    parts_PBC: Tensor  # from each part of the masks by itself
 
     @property
     def token_error_BC(self) -> Tensor:
@@ -307,7 +310,7 @@ class Measurement:
     mean_weight: float  # as the estimator declares it
     num_views: int
     passes: float  # forward passes per completion and draw
-    seconds: float  # per completion and draw
+    seconds: float  # per completion, of a draw; the median
     token_bias: float  # mean over tokens
     token_bias_rms: float  # over tokens, what noise adds taken off
     token_variance: float  # mean over tokens
@@ -330,20 +333,22 @@ def measure(scorer: Scorer, truth: Truth, variant: Variant, *, draws: int, seed:
     require(draws >= 2, "draws", draws, "be at least 2: a variance needs them")
     batch, estimator = scorer.batch, ESTIMATORS[variant.estimator]
     mean_weight = estimator.mean_weight(variant.options)
-    before, seconds, num_views, found = scorer.num_passes, 0.0, 0, []
+    before, seconds, found, residuals, num_views = scorer.num_passes, [], [], [], 0
     for draw in range(draws):
         views = draw_step(variant.estimator, variant.options, batch, seed=derive_seed(seed, "draw", draw))
         started = time.perf_counter()
         found.append(scorer(views))
-        seconds += time.perf_counter() - started
+        seconds.append(time.perf_counter() - started)
+        residuals.append(found[-1] - views.weight_SBC.sum(0).cpu() * truth.token_BC)
         num_views = len(views.hidden_SBC)
     rows, group_size, scored_BC = len(batch.scored_BC), batch.group_size, batch.scored_BC.cpu()
     token_DBC = torch.stack(found) / mean_weight
-    error_BC = token_DBC.mean(0) - truth.token_BC
-    noise_BC = token_DBC.var(0) / draws + truth.token_error_BC**2
+    off_DBC = torch.stack(residuals) / mean_weight
+    off_BC, off_DB = off_DBC.mean(0), off_DBC.sum(2)
+    noise_BC = off_DBC.var(0) / draws + truth.token_error_BC**2
+    noise_B = off_DB.var(0) / draws + truth.sequence_error_B**2
+    bias = float(off_DB.mean())
     sequence_DB = token_DBC.sum(2)
-    off_B = sequence_DB.mean(0) - truth.sequence_B
-    noise_B = sequence_DB.var(0) / draws + truth.sequence_error_B**2
     mean_D = sequence_DB.mean(1)
     siblings_DNG = sequence_DB.unflatten(1, (-1, group_size))
     centred_DB = (siblings_DNG - siblings_DNG.mean(2, keepdim=True)).flatten(1)
@@ -353,14 +358,14 @@ def measure(scorer: Scorer, truth: Truth, variant: Variant, *, draws: int, seed:
         mean_weight=mean_weight,
         num_views=num_views,
         passes=(scorer.num_passes - before) / draws / rows,
-        seconds=seconds / draws / rows,
-        token_bias=float(error_BC[scored_BC].mean()),
-        token_bias_rms=float((error_BC**2 - noise_BC)[scored_BC].mean().clamp(min=0).sqrt()),
+        seconds=statistics.median(seconds) / rows,
+        token_bias=float(off_BC[scored_BC].mean()),
+        token_bias_rms=float((off_BC**2 - noise_BC)[scored_BC].mean().clamp(min=0).sqrt()),
         token_variance=float(token_DBC.var(0)[scored_BC].mean()),
-        sequence_bias=float(off_B.mean()),
-        sequence_bias_error=float(mean_D.var() / draws + truth.mean_error**2) ** 0.5,
-        sequence_bias_rms=float((off_B**2 - noise_B).mean().clamp(min=0).sqrt()),
-        raw_sequence_bias=float((sequence_DB.mean(0) * mean_weight - truth.sequence_B).mean()),
+        sequence_bias=bias,
+        sequence_bias_error=float(off_DB.mean(1).var() / draws + truth.mean_error**2) ** 0.5,
+        sequence_bias_rms=float((off_DB.mean(0) ** 2 - noise_B).mean().clamp(min=0).sqrt()),
+        raw_sequence_bias=mean_weight * bias + (mean_weight - 1) * float(truth.sequence_B.mean()),
         sequence_variance=variance(sequence_DB, seed=seed),
         sibling_variance=variance(centred_DB, scale=pair_scale, seed=seed),
         step_variance=variance(mean_D[:, None], seed=seed),
