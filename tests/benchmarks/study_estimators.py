@@ -16,6 +16,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 from diffrl.config import RLConfig
@@ -74,7 +75,7 @@ def parts(run: Finished) -> list[float]:
     """Mean rewards of equal parts of the run."""
     values = rewards(run)
     bounds = [len(values) * part // PARTS for part in range(PARTS + 1)]
-    return [statistics.fmean(values[low:high]) for low, high in zip(bounds, bounds[1:], strict=False)]
+    return [statistics.fmean(values[low:high]) for low, high in pairwise(bounds)]
 
 
 def held_out(run: Finished) -> float:
