@@ -75,7 +75,7 @@ def laboratory(
     compared, left_out = variants(
         names, pairs=counts_of(options.lambdas), ranges=ranges, distributions=options.t_distributions
     )
-    if not compared:
+    if len(compared) == 1 and left_out:  # the unit alone
         raise ConfigError(f"--estimators: {options.estimators!r} leaves nothing to compare: {left_out[0]}")
     least = {"--problems": 1, "--samples": 2, "--draws": 2, "--masks": 128 * PARTS, "--step": 0}
     asked = {"--problems": options.problems, "--samples": options.samples, "--draws": options.draws}

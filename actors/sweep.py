@@ -142,20 +142,16 @@ def run_jobs(runs: Sequence[Planned], options: SweepOptions) -> list[str]:
     """At most `at_a_time` at once; the names of those that failed. A job that lives from an earlier start is waited for."""
     assert options.address is not None
     waiting, live, failed = list(runs), dict[str, str](), []  # live: run -> job
-    with said_of(options.address):
-        client = open_client(options.address)
-        try:
+    try:
+        with said_of(options.address):
+            client = open_client(options.address)
             while waiting or live:
                 while waiting and len(live) < options.at_a_time:
                     run = waiting.pop(0)
                     there = live_job(client, run.config.run_dir)
-                    job = (
-                        start(client, submission(run, options), run.config.run_dir)
-                        if there is None
-                        else there.submission_id
-                    )
+                    job = there.submission_id if there else start(client, submission(run, options), run.config.run_dir)
                     live[run.cell.name] = str(job)
-                    print(f"sweep: {run.cell.name}: job {job}{'' if there is None else ', which goes on'}", flush=True)
+                    print(f"sweep: {run.cell.name}: job {job}{', which goes on' if there else ''}", flush=True)
                 time.sleep(POLL_S)
                 for name, job in list(live.items()):
                     status = client.get_job_info(job).status
@@ -163,11 +159,11 @@ def run_jobs(runs: Sequence[Planned], options: SweepOptions) -> list[str]:
                         print(f"sweep: {name}: {status.value.lower()}", flush=True)
                         failed += [name] if status != JobStatus.SUCCEEDED else []
                         del live[name]
-        except KeyboardInterrupt:
-            stops = "; ".join(stop_command(job, options.address) for job in live.values())
-            raise RunStoppedError(
-                f"sweep: its jobs go on, and the same command follows them; to stop them: {stops}"
-            ) from None
+    except KeyboardInterrupt:
+        stops = "; ".join(stop_command(job, options.address) for job in live.values())
+        raise RunStoppedError(
+            f"sweep: its jobs go on, and the same command follows them; to stop them: {stops}"
+        ) from None
     return failed
 
 

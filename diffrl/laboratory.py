@@ -81,9 +81,9 @@ def variants(
     distributions: Sequence[str] = ("uniform",),
     stratify: bool = True,
 ) -> tuple[list[Variant], list[str]]:
-    """What is compared, and why which is not. One thing at a time: every lambda (`monte_carlo`: K = 2 lambda, as many passes)
-    with own and shared masks at the first range and distribution of t; the other ranges and distributions, and t stratified
-    over the step, at the first lambda with own masks."""
+    """What is compared, and why which is not: first what effective samples are counted in. One thing at a time: every lambda
+    (`monte_carlo`: K = 2 lambda, as many passes) with own and shared masks at the first range and distribution of t; the other
+    ranges and distributions, and t stratified over the step, at the first lambda with own masks."""
     first = ViewOptions(t_min=ranges[0][0], t_max=ranges[0][1], t_distribution=distributions[0])
     grid = [
         replace(first, num_pairs=n, num_samples=2 * n, share_masks=shared) for n in pairs for shared in (False, True)
@@ -92,7 +92,7 @@ def variants(
     grid += [replace(small, t_min=low, t_max=high) for low, high in ranges[1:]]
     grid += [replace(small, t_distribution=name) for name in distributions[1:]]
     grid += [replace(small, stratify_t=True)] if stratify else []
-    found, left_out = [replace_t(UNIT, first)] if "monte_carlo" in estimators else [], []
+    found, left_out = [replace_t(UNIT, first)], []
     for name in estimators:
         own: list[Variant] = []
         for options in grid:

@@ -41,9 +41,9 @@ class Findings:
     left_out: Sequence[str]
 
     @property
-    def unit(self) -> Measurement | None:
+    def unit(self) -> Measurement:
         """What effective sample sizes are counted in."""
-        return next((m for m in self.found if m.variant == replace_t(UNIT, m.variant.options)), None)
+        return next(m for m in self.found if m.variant == replace_t(UNIT, m.variant.options))
 
 
 def weights_by_variant(findings: Findings) -> dict[tuple[str, int], dict[str, Weights]]:
@@ -76,7 +76,7 @@ def as_json(findings: Findings, weights: Mapping[tuple[str, int], Mapping[str, W
                 "t": m.variant.t,
                 **{key: value for key, value in asdict(m).items() if key != "variant"},
                 f"error_at_{EQUAL_PASSES}_passes": m.error,
-                "effective_samples": None if unit is None else effective_samples(m, unit),
+                "effective_samples": effective_samples(m, unit),
             }
             for m in findings.found
         ],
@@ -98,7 +98,7 @@ def as_text(findings: Findings, weights: Mapping[tuple[str, int], Mapping[str, W
     variances = [[*heads, "var/token", "var/sequence", "ESS", "ESS/pass", "var siblings", "var step"]]
     for m in findings.found:
         name = [m.variant.estimator, str(m.variant.size), m.variant.masks, m.variant.t]
-        effective = None if unit is None else effective_samples(m, unit)
+        effective = effective_samples(m, unit)
         biases.append(
             [
                 *(*name, f"{m.passes:.2f}", f"{1000 * m.seconds:.2f}"),
