@@ -28,7 +28,7 @@ from diffrl.laboratory import PARTS, Scorer, batch_of, find_truth, measure, vari
 from diffrl.laboratory_report import Findings, as_json, as_text, draw, weights_by_variant
 from diffrl.models.base import PolicyModel
 from diffrl.models.loading import load_policy
-from diffrl.models.tokens import end_ids
+from diffrl.models.tokens import end_ids, special_id
 from diffrl.prompts import build_prompt
 from diffrl.rollout_store import read_step, scored_groups, step_file
 from diffrl.sampler import Canvas, Engine
@@ -109,8 +109,7 @@ def laboratory(
             device=next(model.parameters()).device,
         )
         groups = sampled_groups(engine, tokenizer, problems, canvases, options.samples, sampling.seed)
-    assert tokenizer.pad_token_id is not None
-    batch = to_device(batch_of(groups, int(tokenizer.pad_token_id)), next(model.parameters()).device)
+    batch = to_device(batch_of(groups, special_id(tokenizer, "pad")), next(model.parameters()).device)
     scorer = Scorer(model, batch)
     progress(f"{len(batch.completion_ids_BC)} completions; the truth from {options.masks} masks of each")
     truth = find_truth(scorer, t_range=ranges[0], num_masks=options.masks, seed=sampling.seed)

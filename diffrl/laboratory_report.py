@@ -211,14 +211,14 @@ def draw(findings: Findings, folder: Path) -> list[Path]:
                 label=name,
                 **look,
             )
-        axes.set(title=title, xlabel="forward passes per completion and draw", ylabel=label)
+        axes.set_title(title, fontsize="medium")
+        axes.set(xlabel="forward passes per completion and draw", ylabel=label)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         if number > 1:
             axes.set_yscale("log")
         axes.grid(alpha=0.25, which="both")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.title.set_fontsize("medium")
         if number == 1:
             axes.legend(frameon=False, fontsize="small")
     figure.text(

@@ -172,7 +172,10 @@ def groups_of(runs: Sequence[Finished], metrics: Sequence[str] = SHOWN) -> list[
 def group_of(name: str, runs: Sequence[Finished], metrics: Sequence[str]) -> Group:
     courses = {}
     for key in metrics:
-        series = [dict(zip(*series_of(run.rows, key), strict=True)) for run in runs]
+        series: list[dict[int, float]] = []
+        for run in runs:
+            steps, measured = series_of(run.rows, key)
+            series.append(dict(zip(steps, measured, strict=True)))
         if not all(series):
             continue
         values = [list(own.values()) for own in series]
