@@ -191,7 +191,7 @@ def test_the_doctor_finds_nothing_bad_here(tmp_path: Path):
 
 def test_estimators_are_compared(tmp_path: Path):
     """The command, cut short, with a model of random weights."""
-    folder = tiny_folder(tmp_path / "model", max_positions=128)
+    folder = tiny_folder(tmp_path / "model", max_positions=256)
     places = {
         "runs/quickstart/sft/model": str(folder),
         "variance.json": f"{tmp_path}/v.json",
