@@ -1,6 +1,5 @@
-"""The `diffrl` command: train, replay, pipeline, curate, submit, status, board, report, doctor, eval, generate, judge, data,
-sandbox, config. Bad input is one line on stderr and exit status 2; a run that had to stop, one line and status 1. Every command
-imports what it needs: the configs alone bring torch.
+"""The `diffrl` command; `diffrl --help` lists what it does. Bad input is one line on stderr and exit status 2; a run that had to
+stop, one line and status 1. Every command imports what it needs: the configs alone bring torch.
 """
 
 import sys
@@ -187,6 +186,43 @@ def submit(
 
 
 @app.command()
+def sweep(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    over: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE,VALUE: what differs, such as seed=0,1,2; several make a grid")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(help="folder of the runs and their summary; else run_dir and _sweep")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="run them as jobs: http://HEAD:8265; else one after the other here")
+    ] = None,
+    working_dir: Annotated[str, typer.Option(help="with --address, as of submit")] = ".",
+    at_a_time: Annotated[int, typer.Option(help="with --address: so many jobs", min=1)] = 1,
+    metric: Annotated[list[str] | None, typer.Option(help="to sum up; else rewards, pass@1, losses, KL")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check every run, start nothing")] = False,
+) -> None:
+    """Run a config over a grid of overrides; mean and spread over seeds. What is finished is not run again."""
+    from actors.sweep import SweepOptions
+    from actors.sweep import sweep as run_sweep
+
+    run_sweep(
+        SweepOptions(
+            config=config,
+            overrides=tuple(overrides or ()),
+            over=tuple(over or ()),
+            out=out,
+            address=address,
+            working_dir=working_dir,
+            at_a_time=at_a_time,
+            metrics=None if metric is None else tuple(metric),
+        ),
+        dry_run=dry_run,
+    )
+
+
+@app.command()
 def status(
     run: Annotated[str, typer.Argument(help="folder of a run or of a pipeline, such as runs/quickstart")],
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
@@ -294,6 +330,75 @@ def evaluate(
         seed=seed,
     )
     judge_model(benchmark, data, sampling, options, limit)
+
+
+@app.command()
+def variance(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, such as runs/quickstart/sft/model")],
+    rollouts: Annotated[
+        str | None, typer.Option(help="folder of a run whose completions are taken; else sampled")
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="with --rollouts: of this step, from 0; else the newest")] = None,
+    data: Annotated[str | None, typer.Option(help="file of problems to sample; else microcode's held-out ones")] = None,
+    format: Annotated[
+        str, typer.Option(help="of --data: problems, acecode, mbpp, humaneval, p3 or stdin")
+    ] = "problems",
+    problems: Annotated[int, typer.Option(help="how many, evenly spread")] = 4,
+    samples: Annotated[int, typer.Option(help="completions of each problem: siblings")] = 4,
+    tokens: Annotated[int | None, typer.Option(help="of a completion; else 34")] = None,
+    steps: Steps = None,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    algorithm: AlgorithmName = "entropy",
+    estimators: Annotated[str, typer.Option(help="names, with commas between")] = (
+        "coupled,decoupled,coupled_normalized,monte_carlo,full_mask"
+    ),
+    lambdas: Annotated[str, typer.Option(help="pairs of masks; monte_carlo takes twice as many masks")] = "1,2,4",
+    t_range: Annotated[
+        list[str] | None,
+        typer.Option(help="LOW:HIGH; the first is the truth's, others are compared at the first lambda"),
+    ] = None,
+    t_distribution: Annotated[
+        list[str] | None, typer.Option(help="uniform, triangular or cosine, as --t-range")
+    ] = None,
+    draws: Annotated[int, typer.Option(help="of masks, over which variances are")] = 64,
+    masks: Annotated[int, typer.Option(help="of each completion, from which the truth is found")] = 2048,
+    seed: int = 0,
+    json_file: Annotated[str | None, typer.Option("--json", help="write all numbers to this file")] = None,
+    out: Annotated[str | None, typer.Option(help="folder for variance.svg and variance.png")] = None,
+) -> None:
+    """Bias, variance and cost of each estimator's log-probs on a model's completions, against a many-sample truth."""
+    from actors.commands import SampleOptions
+    from actors.laboratory import LaboratoryOptions, laboratory
+
+    laboratory(
+        SampleOptions(
+            model=model,
+            tokens=tokens,
+            steps=steps,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            algorithm=algorithm,
+            seed=seed,
+        ),
+        None if data is None else problem_source(data, format, "all", 1, 0),
+        LaboratoryOptions(
+            problems=problems,
+            samples=samples,
+            estimators=estimators,
+            lambdas=lambdas,
+            t_ranges=t_range or ["0.2:0.8"],
+            t_distributions=t_distribution or ["uniform"],
+            draws=draws,
+            masks=masks,
+            json_file=json_file,
+            out=out,
+        ),
+        rollouts=rollouts,
+        step=step,
+    )
 
 
 @app.command()

@@ -48,19 +48,12 @@ def submit(submission: Submission, *, wait: bool = True) -> int:
     run_dir = checked_run_dir(submission)
     with said_of(submission.address):
         client = open_client(submission.address)
-        for job in client.list_jobs():
-            if not job.status.is_terminal() and (job.metadata or {}).get("run_dir") == run_dir:
-                raise ConfigError(
-                    f"run_dir: {run_dir} is that of job {job.submission_id}, which is {job.status.value.lower()}; choose "
-                    f"another, or stop it: {stop_command(job.submission_id, submission.address)}"
-                )
-        job_id = client.submit_job(
-            entrypoint=submission.entrypoint(),
-            submission_id=submission.name,
-            runtime_env={"working_dir": submission.working_dir, "excludes": list(EXCLUDES)},
-            metadata={"run_dir": run_dir, "config": submission.config, "version": version("diffrl")},
-            entrypoint_label_selector=None if submission.labels is None else dict(submission.labels),
-        )
+        if job := live_job(client, run_dir):
+            raise ConfigError(
+                f"run_dir: {run_dir} is that of job {job.submission_id}, which is {job.status.value.lower()}; choose "
+                f"another, or stop it: {stop_command(job.submission_id, submission.address)}"
+            )
+        job_id = start(client, submission, run_dir)
     print(f"job {job_id}: {submission.entrypoint()}", file=sys.stderr, flush=True)
     if not wait:
         print(job_id)
@@ -72,6 +65,23 @@ def submit(submission: Submission, *, wait: bool = True) -> int:
         words = f"the job goes on; stop it: {stop_command(job_id, submission.address)}"
         print(f"\n{words}", file=sys.stderr)
         return INTERRUPTED
+
+
+def live_job(client: JobSubmissionClient, run_dir: str) -> JobDetails | None:
+    """The one that has not ended."""
+    jobs = (job for job in client.list_jobs() if (job.metadata or {}).get("run_dir") == run_dir)
+    return next((job for job in jobs if not job.status.is_terminal()), None)
+
+
+def start(client: JobSubmissionClient, submission: Submission, run_dir: str) -> str:
+    """The job's name."""
+    return client.submit_job(
+        entrypoint=submission.entrypoint(),
+        submission_id=submission.name,
+        runtime_env={"working_dir": submission.working_dir, "excludes": list(EXCLUDES)},
+        metadata={"run_dir": run_dir, "config": submission.config, "version": version("diffrl")},
+        entrypoint_label_selector=None if submission.labels is None else dict(submission.labels),
+    )
 
 
 def checked_run_dir(submission: Submission) -> str:

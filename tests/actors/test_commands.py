@@ -56,6 +56,8 @@ COMMANDS = (
     "diffrl curate",
     "diffrl eval --benchmark humaneval --data",
     "diffrl eval --benchmark humaneval_infilling",
+    "diffrl variance",
+    "diffrl sweep",
     "diffrl judge --solution",
     "diffrl judge --corpus",
     "diffrl sandbox build",
@@ -72,7 +74,7 @@ def readme_commands() -> list[str]:
     blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", text)
     commands = [line.partition("  #")[0].strip() for line in lines]
-    ours = "train|submit|pipeline|data|curate|eval|generate|config|judge|sandbox|doctor|status|board|report"
+    ours = "train|submit|pipeline|data|curate|eval|generate|config|judge|sandbox|doctor|status|board|report|sweep|variance"
     return [c for c in commands if re.match(rf"(diffrl ({ours})|ray|(\S+/)?python3?) [^A-Z]", c)]
 
 
@@ -197,6 +199,44 @@ def test_the_doctor_finds_nothing_bad_here(tmp_path: Path):
     assert re.search(r"^ok   config      ready: 3016 problems, 40 steps; nothing was started; ", stdout, re.MULTILINE)
     assert {line.split()[0] for line in stdout.splitlines()} <= {"ok", "warn"}
     assert not (tmp_path / "run").exists()
+
+
+def test_estimators_are_compared(tmp_path: Path):
+    """The command, cut short, with a model of random weights."""
+    folder = tiny_folder(tmp_path / "model", max_positions=256)
+    places = {
+        "runs/quickstart/sft/model": str(folder),
+        "variance.json": f"{tmp_path}/v.json",
+        "runs/variance": f"{tmp_path}/out",
+    }
+    short = ("--problems", "2", "--samples", "2", "--tokens", "8", "--draws", "4", "--masks", "1024", "--lambdas", "1")
+    stdout = succeeds(readme("diffrl variance", *short, **places))
+    raw = json.loads((tmp_path / "v.json").read_text())
+    assert {row["estimator"] for row in raw["estimators"]} == {
+        *("coupled", "decoupled", "coupled_normalized", "monte_carlo", "full_mask")
+    }
+    assert stdout.startswith("truth: mean of the ELBO integrand over t in 0.2..0.8, from 1024 masks a completion: ")
+    assert (tmp_path / "out/variance.svg").is_file() and stdout.rstrip().endswith(f"{tmp_path}/out/variance.png")
+
+
+def test_a_sweep_runs_what_is_not_finished(ray_cluster: RayCluster, tmp_path: Path):
+    """Two seeds of the grid, a step each; the same command again starts nothing and has the same numbers."""
+    overrides = (
+        *("train.steps=1", "train.prompts_per_step=2", "method.group_size=2", "report=null", "sampling.steps=2"),
+        *("--out", f"{tmp_path}/sweep"),
+    )
+    command = readme("diffrl sweep", *overrides, **{"coupled,full_mask": "full_mask", "seed=0,1,2": "seed=0,1"})
+    stdout = succeeds(command, RAY_ADDRESS=ray_cluster.address)
+    assert f"sweep: 2 runs in {tmp_path}/sweep\n" in stdout
+    row = stdout.rstrip().splitlines()[-1]
+    assert row.startswith("| method.estimator full_mask | 2 | ")
+    raw = json.loads((tmp_path / "sweep/sweep.json").read_text())
+    assert [run["name"] for run in raw["runs"]] == [f"estimator-full_mask_seed-{seed}" for seed in (0, 1)]
+    for run in raw["runs"]:
+        assert len((tmp_path / "sweep" / run["name"] / "metrics.jsonl").read_text().splitlines()) == 1
+    assert "reward/mean" in raw["groups"][0]["metrics"] and (tmp_path / "sweep/curves.svg").is_file()
+    again = succeeds(command, RAY_ADDRESS="127.0.0.1:1").splitlines()
+    assert again[0].endswith("sweep, 2 finished already") and again[-1] == row
 
 
 def test_data_are_prepared_once(ray_cluster: RayCluster, tmp_path: Path, called: Called):
