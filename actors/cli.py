@@ -1,4 +1,4 @@
-"""The `diffrl` command: train, replay, pipeline, curate, submit, status, board, doctor, eval, generate, judge, data, sandbox,
+"""The `diffrl` command: train, replay, pipeline, curate, analyze, submit, status, board, doctor, eval, generate, judge, data, sandbox,
 config. Bad input is one line on stderr and exit status 2; a run that had to stop, one line and status 1. Every command imports
 what it needs: the configs alone bring torch.
 """
@@ -146,6 +146,32 @@ def curate(
     from diffrl.config_file import load_as
 
     run_curate(load_as(CurateConfig, config, overrides or []), only_check=dry_run)
+
+
+@app.command()
+def analyze(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE... [KEY=VALUE...]",
+            help="folders of models and of RL runs, the one before RL first; and overrides, such as num_samples=16",
+        ),
+    ],
+    config: Annotated[str | None, typer.Option(help="YAML file, such as configs/quickstart_analysis.yaml")] = None,
+) -> None:
+    """Measure in which order models decode and what that gives: AR-ness, confidence, temperature, steps, before and after RL.
+    Tables, plots and a summary go to the folder `out`."""
+    from diffrl.config.analyze import AnalyzeConfig
+    from diffrl.config_file import load_as
+
+    overrides = [word for word in sources if "=" in word and not Path(word).exists()]
+    folders = [word for word in sources if word not in overrides]
+    resolved = load_as(AnalyzeConfig, config, overrides)
+    if not folders:
+        raise ConfigError("SOURCE: none given; give a model's folder, such as runs/quickstart/rl/model, or a run's")
+    from actors.analyze import analyze as run_analysis
+
+    run_analysis(folders, resolved)
 
 
 @app.command()

@@ -7,26 +7,13 @@ Shapes: K looks, C window, L prompt and window, X hidden positions of all looks,
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+
+from diffrl.sampler import Denoiser
 
 LOGITS_AT_ONCE = 128  # rows of logits
-
-
-class Denoiser(Protocol):
-    """What is needed of a model; `diffrl.models.base.PolicyModel` has it."""
-
-    @property
-    def mask_token_id(self) -> int: ...
-
-    def selected_states(
-        self, ids_BL: Tensor, attention_mask_BL: Tensor, select_BL: Tensor, *, packed: bool
-    ) -> Tensor: ...
-
-    def logits(self, states_XD: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +29,13 @@ class Looks:
 
 @torch.no_grad()
 def first_looks(
-    model: Denoiser, prompt_P: np.ndarray, ids_C: np.ndarray, step_map_C: np.ndarray, *, num_looks: int, device: str
+    model: Denoiser,
+    prompt_P: np.ndarray,
+    ids_C: np.ndarray,
+    step_map_C: np.ndarray,
+    *,
+    num_looks: int,
+    device: str | torch.device,
 ) -> Looks:
     """Before each of the first `num_looks` steps that reveal something; NaN beyond the last of these."""
     steps = np.unique(step_map_C)[:num_looks]

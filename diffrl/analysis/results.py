@@ -44,7 +44,9 @@ class ModelResult:
     order=OrderMap(...), looks={"microcode/affine-3-5": Looks(...), ...}, math=None)"""
 
     name: str
-    cells: Mapping[Setting, Measures]  # all numbers of steps at the main temperature, all temperatures at the full steps
+    cells: Mapping[
+        Setting, Measures
+    ]  # all numbers of steps at the main temperature, all temperatures at the full steps
     main: Setting  # full steps
     order: OrderMap  # of the main cell
     looks: Mapping[str, Looks]
