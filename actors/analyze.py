@@ -26,11 +26,11 @@ from actors.prepare import choose_sandbox, said_in_a_line
 from actors.reward import RewardWorker
 from actors.rollout import canvases_of, rollout_of
 from actors.system import cluster
-from diffrl.analysis.confidence import Looks, first_looks
+from diffrl.analysis.confidence import first_looks
 from diffrl.analysis.math_set import is_right, math_problems
 from diffrl.analysis.plots import write_plots
 from diffrl.analysis.results import MathResult, ModelResult, Result, RunResult, Setting, claims_of, tables_of
-from diffrl.analysis.samples import Sample, measure, order_map
+from diffrl.analysis.samples import Looks, Sample, measure, order_map
 from diffrl.analysis.stored import read_run
 from diffrl.analysis.summary import claim_lines, summary
 from diffrl.config import SupervisionConfig
@@ -131,11 +131,17 @@ def open_sources(paths: Sequence[str]) -> list[Source]:
     kinds = [(Path(path), is_model(Path(path))) for path in paths]
     if again := [path for n, path in enumerate(paths) if Path(path).resolve() in [p.resolve() for p, _ in kinds[:n]]]:
         raise ConfigError(f"SOURCE: {again[0]} is given twice; give each folder once")
-    short = [path.resolve().parent.name if path.name == "model" else path.resolve().name for path, _ in kinds]
+    short = [name_of(path.resolve(), model) for path, model in kinds]
     return [
         Source(name=name if short.count(name) == 1 else str(path), path=path, is_model=model)
         for name, (path, model) in zip(short, kinds, strict=True)
     ]
+
+
+def name_of(folder: Path, model: bool) -> str:
+    if not model:
+        return f"{folder.name} rollouts"
+    return folder.parent.name if folder.name == "model" else folder.name
 
 
 def is_model(path: Path) -> bool:
@@ -382,8 +388,8 @@ def missing_of(results: Sequence[Result]) -> list[str]:
     """What this analysis lacks, and how to have it."""
     models = [result for result in results if isinstance(result, ModelResult)]
     words = [
-        f"{result.name}: stored rollouts say nothing of other temperatures, other numbers of steps and first-step confidence; give "
-        "its model folder too"
+        f"{result.name}: stored rollouts say nothing of other temperatures, numbers of steps and first-step confidence; give its "
+        "model folder too"
         for result in results
         if isinstance(result, RunResult)
     ]

@@ -1,6 +1,6 @@
-"""The `diffrl` command: train, replay, pipeline, curate, analyze, submit, status, board, doctor, eval, generate, judge, data, sandbox,
-config. Bad input is one line on stderr and exit status 2; a run that had to stop, one line and status 1. Every command imports
-what it needs: the configs alone bring torch.
+"""The `diffrl` command: train, replay, pipeline, curate, analyze, submit, status, board, doctor, eval, generate, judge, data,
+sandbox, config. Bad input is one line on stderr and exit status 2; a run that had to stop, one line and status 1. Every command
+imports what it needs: the configs alone bring torch.
 """
 
 import sys

@@ -2,12 +2,12 @@
 
 An order is the sequence of positions as they were revealed, one per step: order[t] is the position of step t.
 
-PARALLEL DECODING. Where a step reveals several tokens, the paper's definition does not apply. Here such a step counts as that many
-steps, of one token each: the most confident token first, by the probability that the model gave it when it was revealed, and of
-equally probable ones the left one first. So every token counts once, whatever the number of steps; decoding with one
-token a step is the paper's own definition; and completions of equal length can be compared over numbers of steps. The order
-inside a step is a reading of ours, since the model saw none of its tokens when it chose the others: at half the steps every second
-transition is of that kind. A confidence in float16, as stored rollouts have it, makes ties, which count in favour of left to right.
+PARALLEL DECODING. Where a step reveals several tokens, the paper's definition does not apply. Here such a step counts as that
+many steps, of one token each: the most confident token first, by the probability that the model gave it when it was revealed, and
+of equally probable ones the left one first. So every token counts once, whatever the number of steps; with one token a step it is
+the paper's own definition; and completions of equal length can be compared over numbers of steps. The order inside a step is a
+reading of ours, since the model saw none of its tokens when it chose the others: at half the steps every second transition is of
+that kind. A confidence in float16, as stored rollouts have it, makes ties, which count in favour of left to right.
 """
 
 from bisect import bisect_left

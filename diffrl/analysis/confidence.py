@@ -6,25 +6,13 @@ not asked. Confidence is that of the model's own distribution, before temperatur
 Shapes: K looks, C window, L prompt and window, X hidden positions of all looks, V vocabulary.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
+from diffrl.analysis.samples import Looks
 from diffrl.sampler import Denoiser
 
 LOGITS_AT_ONCE = 128  # rows of logits
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Looks:
-    """Of one completion; NaN where a position is revealed by then.
-
-    Looks(probability_KC=array([[0.97, 0.41, ...], [nan, 0.88, ...]]), entropy_KC=array([[0.1, 1.9, ...], ...]))
-    """
-
-    probability_KC: np.ndarray  # float32, of the most probable token
-    entropy_KC: np.ndarray  # float32, nats
 
 
 @torch.no_grad()

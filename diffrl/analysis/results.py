@@ -19,8 +19,7 @@ from diffrl.analysis.claims import (
     Claim,
     compared,
 )
-from diffrl.analysis.confidence import Looks
-from diffrl.analysis.samples import Measures, OrderMap
+from diffrl.analysis.samples import Looks, Measures, OrderMap
 from diffrl.analysis.statistics import estimate
 
 Table = dict[str, Any]
@@ -100,7 +99,10 @@ def tables_of(results: Sequence[Result], claims: Sequence[Claim], *, max_k: int,
         ),
         "decoding_order": (
             "share[p][s]: of the tokens in position bin p of the window, those that are revealed in step bin s",
-            [{"source": result.name} | asdict(result.order) for result in results],
+            [
+                {"source": result.name} | asdict(result.order) | {"share": [list(row) for row in result.order.share]}
+                for result in results
+            ],
         ),
         "entropy_sink": (
             "before the first steps that reveal something: mean over problems of the probability of the most probable token, "

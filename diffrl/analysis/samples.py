@@ -1,6 +1,6 @@
 """Measures of sampled completions, problem by problem, so that everything can be compared in pairs of problems.
 
-Shapes: P problems, C positions of the window, T tokens of a text, S steps.
+Shapes: C positions of the window, K looks at them, N samples.
 """
 
 from collections import defaultdict
@@ -107,6 +107,18 @@ def order_distance(first: Sequence[int], second: Sequence[int]) -> float | None:
 def token_distance(first: Sample, second: Sample) -> float:
     size = max(first.num_tokens, second.num_tokens)
     return float((first.ids_C[:size] != second.ids_C[:size]).mean())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Looks:
+    """How sure a model was of each position of a completion before the first K steps that revealed something; NaN where it is
+    revealed by then.
+
+    Looks(probability_KC=array([[0.97, 0.41, ...], [nan, 0.88, ...]]), entropy_KC=array([[0.1, 1.9, ...], ...]))
+    """
+
+    probability_KC: np.ndarray  # float32, of the most probable token
+    entropy_KC: np.ndarray  # float32, nats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 _RESAMPLES_AT_ONCE = 1000  # bounds the memory of the bootstrap to 1000 rows of indices
+_OF_AN_ESTIMATE = 2000  # resamples; an analysis makes hundreds
 
 
 def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
@@ -82,7 +83,7 @@ def estimate(values: npt.ArrayLike, *, seed: int = 0) -> Estimate | None:
     value_N = value_N[~np.isnan(value_N)]
     if value_N.size == 0:
         return None
-    mean, low, high = paired_bootstrap(np.zeros_like(value_N), value_N, seed=seed)
+    mean, low, high = paired_bootstrap(np.zeros_like(value_N), value_N, seed=seed, num_resamples=_OF_AN_ESTIMATE)
     return Estimate(mean=mean, low=low, high=high, count=value_N.size)
 
 
