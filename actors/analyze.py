@@ -7,7 +7,7 @@ and setting, so that differences are differences between pairs.
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ from actors.system import cluster
 from diffrl.analysis.confidence import first_looks
 from diffrl.analysis.math_set import is_right, math_problems
 from diffrl.analysis.plots import write_plots
-from diffrl.analysis.results import MathResult, ModelResult, Result, RunResult, Setting, claims_of, tables_of
+from diffrl.analysis.results import MathResult, ModelResult, Result, RunResult, claims_of, tables_of
 from diffrl.analysis.samples import Looks, Sample, measure, order_map
 from diffrl.analysis.stored import read_run
 from diffrl.analysis.summary import claim_lines, summary
@@ -199,52 +199,50 @@ def problems_for(config: AnalyzeConfig, models: Sequence[Source]) -> tuple[list[
 
 
 def explore(source: Source, config: AnalyzeConfig, problems: Sequence[Problem], math: Sequence[Problem]) -> ModelResult:
+    """Raises RunStoppedError when the judge failed on a sample: it never counts as wrong."""
     settings = config.settings()
     main = settings[0]
     jobs = [
         Job(problems=tuple(problems), config=config.at(*setting), num_looks=config.num_looks * (setting == main))
         for setting in settings
     ]
-    if math:
-        jobs.append(Job(problems=tuple(math), config=config.at(*main)))
+    of_math = [Job(problems=tuple(math), config=config.at(*main))] if math else []
     worker = RewardWorker(config.sandbox, RECIPE_WEIGHTS)
+    attempts = EVALUATION_ATTEMPTS * config.sandbox.attempts
+    found: list[Explored] = []
+    verdicts: list[list[Future[bool]]] = []
     with closing(worker.pool), ThreadPoolExecutor(config.sandbox.slots) as threads:
-        waiting: list[tuple[Explored, list[Future[bool]]]] = []
         try:
-            for job, explored in zip(jobs, explored_by(source.path, config, jobs), strict=True):
-                say(source, job)
-                to_judge = explored.groups if len(waiting) < len(settings) else ()  # math has no programs
-                waiting.append(
-                    (
-                        explored,
-                        [
-                            threads.submit(passes, worker, group, n, EVALUATION_ATTEMPTS * config.sandbox.attempts)
-                            for group in to_judge
-                            for n in range(len(group.rollouts))
-                        ],
-                    )
-                )
-            cells = [samples_of(e.groups, [future.result() for future in futures]) for e, futures in waiting]
+            for number, explored in enumerate(explored_by(source.path, config, [*jobs, *of_math])):
+                say(source, [*jobs, *of_math][number])
+                found.append(explored)
+                if number < len(jobs):  # math has no programs
+                    samples = [(group, n) for group in explored.groups for n in range(len(group.rollouts))]
+                    verdicts.append([threads.submit(passes, worker, *each, attempts) for each in samples])
+            passed = [[verdict.result() for verdict in own] for own in verdicts]
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
             raise
-    of_math = None
-    if math:
-        right = [is_right(g.problem, r.text) for g in waiting[-1][0].groups for r in g.rollouts]
-        samples = samples_of(waiting[-1][0].groups, [None] * len(right))
-        measures = measure(samples, max_k=config.max_k, pass_ks=())
-        of_math = MathResult(measures=measures, right=float(np.mean(right)))
-    found: dict[Setting, list[Sample]] = dict(zip(settings, cells, strict=False))
+    cells = {
+        setting: samples_of(explored.groups, own)
+        for setting, explored, own in zip(settings, found[: len(jobs)], passed, strict=True)
+    }
     return ModelResult(
         name=source.name,
         cells={
-            setting: measure(samples, max_k=config.max_k, pass_ks=config.pass_k) for setting, samples in found.items()
+            setting: measure(samples, max_k=config.max_k, pass_ks=config.pass_k) for setting, samples in cells.items()
         },
         main=main,
-        order=order_map(found[main]),
-        looks={g.problem.id: look for g, look in zip(waiting[0][0].groups, waiting[0][0].looks, strict=True)},
-        math=of_math,
+        order=order_map(cells[main]),
+        looks={g.problem.id: look for g, look in zip(found[0].groups, found[0].looks, strict=True)},
+        math=math_result(found[-1], config) if math else None,
     )
+
+
+def math_result(explored: Explored, config: AnalyzeConfig) -> MathResult:
+    right = [is_right(group.problem, rollout.text) for group in explored.groups for rollout in group.rollouts]
+    samples = samples_of(explored.groups, [None] * len(right))
+    return MathResult(measures=measure(samples, max_k=config.max_k, pass_ks=()), right=float(np.mean(right)))
 
 
 def passes(worker: RewardWorker, group: RolloutGroup, index: int, attempts: int) -> bool:
@@ -263,7 +261,7 @@ def samples_of(groups: Sequence[RolloutGroup], passed: Sequence[bool | None]) ->
             num_tokens=rollout.num_tokens,
             passed=result,
         )
-        for (id, rollout), result in zip(rollouts, passed or [None] * len(rollouts), strict=True)
+        for (id, rollout), result in zip(rollouts, passed, strict=True)
     ]
 
 
@@ -280,7 +278,7 @@ def say(source: Source, job: Job) -> None:
 # Sampling
 
 
-def explored_by(folder: Path, config: AnalyzeConfig, jobs: Sequence[Job]) -> Iterable[Explored]:
+def explored_by(folder: Path, config: AnalyzeConfig, jobs: Sequence[Job]) -> Iterator[Explored]:
     return explored_here(folder, jobs) if config.num_workers == 0 else explored_with_ray(folder.resolve(), config, jobs)
 
 

@@ -30,8 +30,8 @@ class AnalyzeConfig(Section):
     pass_k: Annotated[Sequence[Positive], Field(min_length=1)] = [1, 2, 4, 8]
     max_k: Positive = 8  # AR-ness@1 to @max_k
     sampling: ExactSampling = ExactSampling()  # steps: what "full" means
-    temperature: Temperature = 0.4  # of all but the sweep
-    temperatures: Annotated[Sequence[Temperature], Field(min_length=1)] = [0.2, 0.6, 1.0, 1.4]
+    temperature: Temperature = 0.2  # of all but the sweep
+    temperatures: Annotated[Sequence[Temperature], Field(min_length=1)] = [0.2, 0.6, 1.2]
     speedups: Annotated[Sequence[Positive], Field(min_length=1)] = [2, 4]  # full steps are divided by these
     num_looks: Positive = 3  # first steps at which confidence is looked at
     groups_per_step: Positive = 16  # of a run's stored rollouts, evenly spaced

@@ -9,6 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffrl.analysis import global_ar_ness, local_ar_ness, reveal_order
+from diffrl.config.analyze import AnalyzeConfig
+from diffrl.config_file import load_as
 from diffrl.rollout_store import read_all, step_file
 from diffrl.sampler.params import reveal_counts
 from tests.actors.conftest import WINDOW, Called, one_line
@@ -43,7 +45,15 @@ def test_a_model_beside_the_rollouts_of_a_run(tmp_path: Path, called: Called):
     assert any(line.startswith("not seen   temperature raises pass@k: policy, pass@2 +0.000") for line in verdicts)
     assert "before and after RL: not compared" in stdout and "policy: 0.0% of its math samples" in stdout
     files = {path.name for path in out.iterdir()}
-    assert {"summary.md", "config.yaml", "analysis.json", "claims.json", "math.svg", "steps.png", "training.svg"} <= files
+    assert {
+        "summary.md",
+        "config.yaml",
+        "analysis.json",
+        "claims.json",
+        "math.svg",
+        "steps.png",
+        "training.svg",
+    } <= files
 
     steps = {row["steps"]: row for row in rows_of(out, "steps")}
     passes = {number: sum(count > 0 for count in reveal_counts(12, number, 1e-3)) for number in (12, 6, 3)}
@@ -98,6 +108,15 @@ def without_steps(run: Path, empty: bool) -> None:
     table = pq.read_table(file)
     rows = [{**row, "step_map": [] if empty else [-1] * len(row["step_map"])} for row in table.to_pylist()]
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
+
+
+def test_the_quickstart_is_sampled_at_five_settings():
+    file = Path(__file__).parents[2] / "configs" / "quickstart_analysis.yaml"
+    config = load_as(AnalyzeConfig, file)
+    assert config.settings() == [(0.2, 30), (0.2, 15), (0.2, 7), (0.6, 30), (1.2, 30)]
+    for temperature, steps in config.settings():
+        params = config.at(temperature, steps).params()
+        assert (params.temperature, params.steps, params.top_p, params.is_exact) == (temperature, steps, None, True)
 
 
 def test_bad_input_is_one_line(tmp_path: Path, called: Called):

@@ -270,9 +270,13 @@ def test_two_models_are_analyzed(tmp_path: Path):
         **{"runs/quickstart/sft/model": str(before), "runs/quickstart/rl/model": str(after)},
     )
     stdout = succeeds(command)
-    assert re.search(r"^not seen   RL lowers AR-ness: sft -> rl, global@1 \+0\.000 \[95% ", stdout, re.MULTILINE), stdout
+    assert re.search(r"^not seen   RL lowers AR-ness: sft -> rl, global@1 \+0\.000 \[95% ", stdout, re.MULTILINE), (
+        stdout
+    )
     assert re.search(r"^not seen   RL lowers the loss of accuracy at half the steps: sft -> rl, ", stdout, re.MULTILINE)
-    assert {f"{name}.svg" for name in ("steps", "pass_at_k", "math")} <= {file.name for file in (tmp_path / "out").iterdir()}
+    assert {f"{name}.svg" for name in ("steps", "pass_at_k", "math")} <= {
+        file.name for file in (tmp_path / "out").iterdir()
+    }
 
 
 def test_the_board_of_a_run_is_served(tmp_path: Path):

@@ -32,7 +32,12 @@ WINDOW, MAX_K = 8, 3
 
 
 def sample(
-    step_map: list[int], *, problem: str = "a", ids: list[int] | None = None, passed: bool | None = True, tokens: int = 0
+    step_map: list[int],
+    *,
+    problem: str = "a",
+    ids: list[int] | None = None,
+    passed: bool | None = True,
+    tokens: int = 0,
 ) -> Sample:
     return Sample(
         problem_id=problem,
@@ -60,7 +65,9 @@ def test_measures_of_a_problem_are_means_over_its_samples():
 
 def test_only_the_text_counts_and_what_was_not_judged_is_left_out():
     """Two of four positions are text, revealed from left to right; both come in the second of two steps."""
-    found = measure([sample([1, 1, 0, 0], tokens=2, passed=None), sample([1, 1, 0, 0], tokens=2)], max_k=1, pass_ks=(1,))
+    found = measure(
+        [sample([1, 1, 0, 0], tokens=2, passed=None), sample([1, 1, 0, 0], tokens=2)], max_k=1, pass_ks=(1,)
+    )
     assert {name: float(c[0]) for name, c in found.values.items()} == {
         **{"local@1": 1.0, "global@1": 1.0, "pass@1": 1.0, "order_diversity": 0.0, "token_diversity": 0.0},
         **{"distinct": 0.5, "passes": 2.0, "tokens": 2.0},
@@ -212,7 +219,9 @@ def test_plots_show_the_tables_with_words_on_every_axis(tmp_path: Path):
     written = write_plots(tmp_path, tables)
     assert {path.name for path in written} == {f"{name}.{kind}" for name in PLOTS for kind in ("svg", "png")}
     first = {path: path.read_bytes() for path in written}
-    assert {path: path.read_bytes() for path in write_plots(tmp_path, tables)} == first, "the same tables, the same bytes"
+    assert {path: path.read_bytes() for path in write_plots(tmp_path, tables)} == first, (
+        "the same tables, the same bytes"
+    )
     words = " ".join(ElementTree.parse(tmp_path / "steps.svg").getroot().itertext())
     assert "lost against full steps" in words and "speed-up" in words and "sft" in words
 
