@@ -29,10 +29,11 @@ def write_plots(folder: Path, tables: Mapping[str, Table]) -> list[Path]:
         with matplotlib.rc_context({"svg.hashsalt": "diffrl", "svg.fonttype": "none"}):
             figure = plot(tables[name])
             for path, options in (
-                (folder / f"{name}.svg", {"metadata": {"Date": None}}),
                 (folder / f"{name}.png", {"dpi": DPI}),
+                (folder / f"{name}.svg", {"metadata": {"Date": None}}),
             ):
                 figure.savefig(path, **options)
+                figure.set_layout_engine("none")  # it takes as long as to draw, and has found the places
                 written.append(path)
     return written
 
@@ -62,10 +63,13 @@ def decoding_order(table: Table) -> Any:
         image = axes.imshow(row["share"], aspect="auto", cmap="viridis", extent=extent, vmin=0, vmax=top)
         axes.axhline(row["text_tokens"] + 0.5, color="white", linestyle="--", linewidth=1.2)
         axes.set(title=row["source"], xlabel="denoising step", ylabel="position in the window (tokens)")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_major_locator().set_params(integer=True)
     assert image is not None
     bar = figure.colorbar(image, ax=panels, fraction=0.05, pad=0.02)
     bar.set_label("share of the position's tokens")
-    figure.text(0.01, 0.01, "dashed: mean length of the texts, end token included", fontsize="small", color="0.3")
+    note = "dashed: mean length of the texts, end token included"
+    figure.supxlabel(note, fontsize="small", color="0.3", x=0.01, horizontalalignment="left")
     return figure
 
 
