@@ -16,6 +16,7 @@ CODE_MATH = "code is decoded less from left to right than math"
 SINK = "the model is surest right behind the prefix"
 CLAIMS = (TEMPERATURE_ORDER, TEMPERATURE_PASS, RL_ORDER, RL_STEPS, CODE_MATH, SINK)
 Verdict = Literal["seen", "not seen", "undecided"]
+Wanted = Literal["lower", "higher"]  # what the claim says of `after`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +34,7 @@ class Claim:
     after: str
     mean_before: float
     mean_after: float
-    wanted: Literal["lower", "higher"]
+    wanted: Wanted
     gain: float  # after - before
     low: float
     high: float
@@ -54,7 +55,7 @@ def compared(
     claim: str,
     source: str,
     measure: str,
-    wanted: Literal["lower", "higher"],
+    wanted: Wanted,
     before: tuple[str, Mapping[str, float]],
     after: tuple[str, Mapping[str, float]],
     *,

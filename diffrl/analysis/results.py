@@ -17,6 +17,7 @@ from diffrl.analysis.claims import (
     TEMPERATURE_ORDER,
     TEMPERATURE_PASS,
     Claim,
+    Wanted,
     compared,
 )
 from diffrl.analysis.samples import Looks, Measures, OrderMap
@@ -248,17 +249,19 @@ def claims_of(results: Sequence[Result], *, seed: int) -> list[Claim]:
 
 def temperature_claims(model: ModelResult, seed: int) -> list[Claim | None]:
     """Between the lowest and the highest temperature; pass@k at the largest k."""
-    (low, cold), *_, (high, hot) = [*model.by_temperature()] * 2
-    if low == high:
+    sweep = model.by_temperature()
+    if len(sweep) < 2:
         return []
+    (low, cold), (high, hot) = sweep[0], sweep[-1]
     largest = max(int(name.partition("@")[2]) for name in cold.values if name.startswith("pass@"))
-    asked = [(TEMPERATURE_ORDER, name, "lower") for name in CLAIMED] + [(TEMPERATURE_PASS, f"pass@{largest}", "higher")]
+    asked: list[tuple[str, str, Wanted]] = [(TEMPERATURE_ORDER, name, "lower") for name in CLAIMED]
+    asked.append((TEMPERATURE_PASS, f"pass@{largest}", "higher"))
     return [
         compared(
             claim,
             model.name,
             name,
-            "lower" if wanted == "lower" else "higher",
+            wanted,
             (f"temperature {low:g}", cold.column(name)),
             (f"temperature {high:g}", hot.column(name)),
             seed=seed,

@@ -12,11 +12,11 @@ PROMPT, WINDOW = [20, 31, 25], 10
 
 
 def test_looks_are_what_the_sampler_saw():
-    """Dream's maskgit_plus at temperature 0 reveals the position whose likeliest token is the most probable."""
+    """Without filters and at temperature 1, `entropy` reveals the position whose own distribution has the least of it."""
     tokenizer = tiny_tokenizer()
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "max_positions": 64}
     model = tiny_model(tokenizer, generator=torch.Generator().manual_seed(3), **sizes).eval()
-    params = SamplingParams(algorithm="maskgit_plus", steps=WINDOW, temperature=0.0, top_p=None, top_k=None)
+    params = SamplingParams(algorithm="entropy", steps=WINDOW, temperature=1.0, top_p=None, top_k=None)
     prompt = torch.tensor([PROMPT])
     made = sample(model, prompt, torch.ones_like(prompt), num_tokens=WINDOW, params=params, seeds=[0])
     ids_C, step_map_C = made.completion_ids_BC[0].numpy(), made.step_map_BC[0].numpy()
@@ -35,4 +35,4 @@ def test_looks_are_what_the_sampler_saw():
         np.testing.assert_allclose(found.entropy_KC[number][hidden_C], entropy_C[hidden_C], rtol=1e-4)
         assert np.isnan(found.probability_KC[number][~hidden_C]).all()
         if step < steps[-1]:
-            assert step_map_C[np.nanargmax(found.probability_KC[number])] == step
+            assert step_map_C[np.nanargmin(found.entropy_KC[number])] == step
