@@ -112,8 +112,8 @@ def temperature(table: Table) -> Any:
     wanted = (
         ("local@1", "local AR-ness@1", "share of steps"),
         ("global@1", "global AR-ness@1", "share of steps"),
-        ("order_diversity", "order diversity", "pairs of positions in another order"),
-        ("token_diversity", "token diversity", "positions with another token"),
+        ("order_diversity", "order diversity", "share of pairs in another order"),
+        ("token_diversity", "token diversity", "share of positions that differ"),
         ("distinct", "distinct texts", "share of samples"),
         ("pass@1", "accuracy", "pass@1"),
     )
@@ -167,7 +167,7 @@ def training(table: Table) -> Any:
     wanted = (
         ("local@1", "local AR-ness@1", "share of steps"),
         ("global@1", "global AR-ness@1", "share of steps"),
-        ("order_diversity", "order diversity of siblings", "pairs of positions in another order"),
+        ("order_diversity", "order diversity of siblings", "share of pairs in another order"),
         ("pass@1", "accuracy of rollouts", "pass@1"),
     )
     rows = {name: [r for r in table["rows"] if r["measure"] == name] for name, _, _ in wanted}
