@@ -75,9 +75,10 @@ def test_a_model_beside_the_rollouts_of_a_run(tmp_path: Path, called: Called):
         means = [np.mean([of(order, 2) for order in group]) for group in orders.values()]
         assert told[kind, 2]["mean"] == pytest.approx(np.mean(means)) and told[kind, 2]["problems"] == len(orders) == 9
 
-    status, _, stderr = called(*arguments[:2], *SMALL, f"out={out}")
-    assert status == 0, stderr
-    assert (tmp_path / "out.1/training.svg").is_file() and not (out / "training.svg").exists()
+    status, stdout, stderr = called("analyze", str(run), f"out={out}")
+    assert status == 0 and stdout.splitlines()[-1].startswith("4 tables, 3 plots in "), stderr
+    assert (tmp_path / "out.1/math.svg").is_file() and not (out / "math.svg").exists()
+    assert {row["source"] for row in rows_of(out, "ar_ness")} == {"run rollouts"}
 
 
 def test_workers_share_the_problems_and_change_nothing(
