@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -89,8 +89,10 @@ def analyze(paths: Sequence[str], config: AnalyzeConfig) -> None:
         results: dict[str, Result] = {s.name: read_run(s.name, s.path, config) for s in sources if not s.is_model}
         if folders:
             config = config.model_copy(update={"sandbox": choose_sandbox(config.sandbox)[0]})
-    for source in folders:
-        results[source.name] = explore(source, config, problems, math)
+    cpus = config.num_workers * config.cpus_per_worker
+    with cluster(config.ray.address, cpus) if folders and config.num_workers else nullcontext():
+        for source in folders:
+            results[source.name] = explore(source, config, problems, math)
     ordered = [results[source.name] for source in sources]
     claims = claims_of(ordered, seed=config.seed)
     tables = tables_of(ordered, claims, max_k=config.max_k, seed=config.seed)
@@ -335,7 +337,7 @@ def do(job: Job, engine: Engine, tokenizer: PreTrainedTokenizerFast) -> Explored
 
 
 def explored_with_ray(folder: Path, config: AnalyzeConfig, jobs: Sequence[Job]) -> Iterator[Explored]:
-    """The problems of every job dealt out to Ray tasks. `folder` is on every node."""
+    """The problems of every job dealt out to tasks of the cluster this process is in. `folder` is on every node."""
     number = config.num_workers
     ask = Ask(
         number="num_workers",
@@ -346,15 +348,14 @@ def explored_with_ray(folder: Path, config: AnalyzeConfig, jobs: Sequence[Job]) 
         labels=config.labels,
         together=False,
     )
-    with cluster(config.ray.address, number * config.cpus_per_worker):
-        make_room([ask], SupervisionConfig().start_s, "num_workers")
-        task = ray.remote(explored_share).options(
-            num_cpus=config.cpus_per_worker,
-            num_gpus=config.gpus_per_worker,
-            label_selector=dict(config.labels),
-            max_retries=1,
-        )
-        parts = ray.get([task.remote(folder, jobs, share, number) for share in range(number)])
+    make_room([ask], SupervisionConfig().start_s, "num_workers")
+    task = ray.remote(explored_share).options(
+        num_cpus=config.cpus_per_worker,
+        num_gpus=config.gpus_per_worker,
+        label_selector=dict(config.labels),
+        max_retries=1,
+    )
+    parts = ray.get([task.remote(folder, jobs, share, number) for share in range(number)])
     for place, job in enumerate(jobs):
         dealt = [(n % number, n // number) for n in range(len(job.problems))]
         yield Explored(

@@ -260,16 +260,23 @@ def test_problems_are_curated(ray_cluster: RayCluster, tmp_path: Path):
     assert rates == {"qwen_coder": 1.0, "policy": 0.0} and all(len(row["inferences"]) == 6 for row in table)
 
 
-def test_two_models_are_analyzed(tmp_path: Path):
+def test_two_models_are_analyzed(ray_cluster: RayCluster, tmp_path: Path):
     """With math beside code, as its file has it. Both models are one of random weights: what they differ in is 0 exactly."""
     before, after = (tiny_folder(tmp_path / name / "model", max_positions=512) for name in ("sft", "rl"))
-    small = ("problems.limit=2", "num_samples=2", "pass_k=[1,2]", "max_k=4", "temperatures=[0.2,1]")
+    small = (
+        "problems.limit=2",
+        "num_samples=2",
+        "pass_k=[1,2]",
+        "max_k=4",
+        "temperatures=[0.2,1]",
+        "cpus_per_worker=0.25",
+    )
     command = readme(
         "diffrl analyze",
         *(*small, f"math.path={shared_file('data/gsm8k/test.jsonl')}", "math.limit=1", f"out={tmp_path}/out"),
         **{"runs/quickstart/sft/model": str(before), "runs/quickstart/rl/model": str(after)},
     )
-    stdout = succeeds(command)
+    stdout = succeeds(command, RAY_ADDRESS=ray_cluster.address)
     assert re.search(r"^not seen   RL lowers AR-ness: sft -> rl, global@1 \+0\.000 \[95% ", stdout, re.MULTILINE), (
         stdout
     )
