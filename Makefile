@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv system engine kustomize browser prometheus ray-screenshot quickstart quickstart-seeds screenshots bench-board bench-control-plane bench-judge bench-learner bench-sampler bench-sampler-frontier bench-sampler-gpu bench-staleness study-staleness bench-supervised bench-telemetry lint test test-gpu test-slow clean
+.PHONY: venv system engine kustomize browser prometheus ray-screenshot quickstart quickstart-seeds screenshots bench-board bench-control-plane bench-judge bench-learner bench-sampler bench-sampler-frontier bench-sampler-gpu bench-staleness study-curation study-staleness bench-supervised bench-telemetry lint test test-gpu test-slow clean
 
 venv: $(STAMP)
 
@@ -85,6 +85,9 @@ bench-sampler-gpu: venv  # needs a GPU for a 7B model in bfloat16
 
 bench-staleness: venv system
 	$(BIN)/python -m tests.benchmarks.staleness
+
+study-curation: venv system  # after make quickstart
+	$(BIN)/python -m tests.benchmarks.study_curation
 
 study-staleness: venv system  # after make quickstart
 	$(BIN)/python -m tests.benchmarks.study_staleness

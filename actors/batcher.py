@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
 
+from diffrl.causal_sampler import CausalEngine
 from diffrl.sampler import Canvas, Engine, Filled
 
 
@@ -25,7 +26,7 @@ class RolloutStats:
     num_useful_tokens: int = 0
     busy_s: float = 0.0
 
-    def after(self, engine: Engine, seconds: float) -> "RolloutStats":
+    def after(self, engine: Engine | CausalEngine, seconds: float) -> "RolloutStats":
         """With what `engine` has done in its `seconds`."""
         return RolloutStats(
             num_passes=self.num_passes + engine.num_passes,
@@ -40,7 +41,7 @@ class Order:
     """The canvases of one call, on their way."""
 
     key: object
-    make_engine: Callable[[], Engine]
+    make_engine: Callable[[], Engine | CausalEngine]
     canvases: Sequence[Canvas]
     result: Future[list[Filled]] = field(default_factory=Future)
     filled: dict[int, Filled] = field(default_factory=dict)  # by ticket
@@ -61,7 +62,9 @@ class Batcher:
         self._change = Lock()  # of that list
         self._thread = ThreadPoolExecutor(1, "engine")
 
-    def fill(self, key: object, make_engine: Callable[[], Engine], canvases: Sequence[Canvas]) -> list[Filled]:
+    def fill(
+        self, key: object, make_engine: Callable[[], Engine | CausalEngine], canvases: Sequence[Canvas]
+    ) -> list[Filled]:
         """The rows in the order of `canvases`, as soon as these are full.
 
         Calls with equal keys share an engine, which the first of them makes; others wait until it is idle, in order of

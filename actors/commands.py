@@ -1,6 +1,5 @@
 """What `diffrl eval` and `diffrl generate` do: no Ray, one process."""
 
-import json
 import sys
 import time
 from collections import Counter
@@ -17,10 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from actors.reward import submission
 from diffrl.benchmarks import INFILLING, InfillingTask, benchmark_problems, canonical_code, infilling_tasks
+from diffrl.causal_sampler import CausalEngine, engine_for
 from diffrl.config import ModelConfig
 from diffrl.errors import ConfigError
 from diffrl.infilling import HoledText, canvas_of, check_length, filled_text, hole_texts, parse_holes
-from diffrl.models.folders import family_of
+from diffrl.models.folders import family_of, read_config
 from diffrl.models.loading import load_policy, load_policy_tokenizer
 from diffrl.models.tokens import decode, end_ids, length_with_end
 from diffrl.prompts import chat_ids
@@ -255,14 +255,16 @@ def infill_canvas(
     holed: HoledText, tokenizer: PreTrainedTokenizerFast, folder: Path, *, seed: int, of: InfillingTask | None = None
 ) -> Canvas:
     try:
+        if policy_of(folder).family == "causal":
+            raise ValueError(f"MODEL: {folder} is autoregressive and fills no holes; give a diffusion model")
         return canvas_of(holed, tokenizer, seed=seed, context=context_length(folder))
     except ValueError as error:
         raise ConfigError(f"{'' if of is None else f'{of.problem.id}: '}{error}") from error
 
 
-def denoise(engine: Engine, tokenizer: PreTrainedTokenizerFast, shown: int) -> list[Filled]:
+def denoise(engine: Engine | CausalEngine, tokenizer: PreTrainedTokenizerFast, shown: int) -> list[Filled]:
     """Every row of the engine. On a terminal, a single row's last `shown` positions are drawn after each step."""
-    if engine.num_added != 1 or not sys.stdout.isatty():
+    if isinstance(engine, CausalEngine) or engine.num_added != 1 or not sys.stdout.isatty():
         return engine.run()
     full: list[tuple[int, Filled]] = []
     with Live(console=Console(), auto_refresh=False, transient=True) as live:
@@ -295,13 +297,18 @@ def check_folder(path: str) -> Path:
 
 def context_length(folder: Path) -> int:
     """Raises ValueError for a config.json of no family."""
-    raw = json.loads((folder / "config.json").read_text())
+    raw = read_config(folder)
     return int(family_of(raw).stock_config(raw).max_position_embeddings)
+
+
+def policy_of(folder: Path) -> ModelConfig:
+    """A finished model, of the family that its config.json says. Raises ValueError for one of no family."""
+    return ModelConfig(path=str(folder), family=family_of(read_config(folder)).family)
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     try:
-        return load_policy_tokenizer(ModelConfig(path=str(folder)))
+        return load_policy_tokenizer(policy_of(folder))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -313,10 +320,11 @@ def open_engine(
     *,
     seed: int = 0,
     max_tokens: int = 1 << 62,
-) -> Engine:
+) -> Engine | CausalEngine:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model = load_policy(ModelConfig(path=str(folder)), tokenizer, seed=seed).eval().to(device)
+        model = load_policy(policy_of(folder), tokenizer, seed=seed).eval().to(device)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return Engine(model, params, max_tokens=max_tokens, vocab_size=len(tokenizer), device=device)
+    ends = end_ids(tokenizer)
+    return engine_for(model, params, max_tokens=max_tokens, vocab_size=len(tokenizer), end_ids=ends, device=device)

@@ -17,9 +17,7 @@ from actors.sinks import check_sinks
 from diffrl.config import AnyConfig, PretrainConfig, RLConfig, SandboxConfig, SftConfig
 from diffrl.data.sources import problems_of
 from diffrl.errors import ConfigError, shown
-from diffrl.estimators import ESTIMATORS
 from diffrl.mirror import Mirror
-from diffrl.models.base import PolicyModel
 from diffrl.models.loading import check_policy, load_policy_tokenizer
 from diffrl.prompts import chat_ids
 from diffrl.resume import fields_of
@@ -58,7 +56,6 @@ def prepare(config: RLConfig) -> Prepared:
         sandbox, sandbox_reason = choose_sandbox(config.sandbox)
         tokenizer = load_policy_tokenizer(config.model)
         model = check_policy(config.model, tokenizer)
-        check_estimator_family(config.method.estimator, type(model))
         check_context(config, model.config.max_position_embeddings)
         check_cluster(asks_of(config), config.ray.address)
         problems = problems_of(config.data)
@@ -165,15 +162,6 @@ def check_context(config: RLConfig, max_positions: int) -> None:
         raise ConfigError(
             f"data.max_prompt_tokens + sampling.completion_tokens: {prompt} + {completion} positions, more than the model's "
             f"context of {max_positions}; lower one of them"
-        )
-
-
-def check_estimator_family(name: str, model: type[PolicyModel]) -> None:
-    """An estimator hides tokens, or not, as the model was trained to see them."""
-    if ESTIMATORS[name].family != model.family:
-        known = sorted(other for other, estimator in ESTIMATORS.items() if estimator.family == model.family)
-        raise ConfigError(
-            f"method.estimator: {name!r} must be one for {model.family} models, as {model.__name__} is: {', '.join(known)}"
         )
 
 

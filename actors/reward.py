@@ -48,7 +48,7 @@ class RewardWorker:
         code = completion_to_code(problem, text)
         if not code.strip():  # nothing to run: every test would fail on the missing name
             statuses, cpu_s, detail = ("error",) * len(problem.reward_tests), 0.0, "no fenced python block"
-            beside = (False,) * len(statuses)
+            details, beside = ("",) * len(statuses), (False,) * len(statuses)
         else:
             try:
                 verdict = self.pool.judge(submission(problem, code, f"{problem.id}/{index}", self.limits))
@@ -56,7 +56,7 @@ class RewardWorker:
                 return replace(NOT_JUDGED, detail=str(error))
             statuses = tuple(str(status) for status in verdict.statuses)
             cpu_s, detail = verdict.cpu_s, next((d for d in verdict.details if d), "")
-            beside = verdict.beside
+            details, beside = verdict.details, verdict.beside
         reward, components = total_reward(text, self.paid(statuses, beside), self.weights)
         return Judgement(
             reward=reward,
@@ -66,6 +66,7 @@ class RewardWorker:
             cpu_s=cpu_s,
             low_trust=any(beside),
             detail=detail,
+            details=details,
         )
 
     def paid(self, statuses: tuple[str, ...], beside: tuple[bool, ...]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from actors.batcher import Batcher, RolloutStats
 from actors.reference import logprobs_under
 from actors.weights import PolicyHolder, Weights
+from diffrl.causal_sampler import CausalEngine, engine_for
 from diffrl.models.tokens import decode, end_ids, length_with_end
 from diffrl.prompts import chat_ids
 from diffrl.sampler import Canvas, Engine, Filled, SamplingParams
@@ -92,8 +93,8 @@ class RolloutWorker:
     ) -> tuple[Rollout, ...]:
         """The completions of these indices."""
 
-        def engine() -> Engine:
-            return Engine(
+        def engine() -> Engine | CausalEngine:
+            return engine_for(
                 self.holder.at(weights),
                 params,
                 max_tokens=self.max_tokens,

@@ -22,7 +22,8 @@ Floating point operations: 2 N per token of a forward pass, N the parameters tha
 4 L D per layer for attention over L positions; a backward pass is two forward passes, recomputation one more. So training
 on tokens costs 6 N of them. A step of RL with mu inner iterations has (mu reference + (mu - 1) old + 3 mu learner) scoring
 passes, each of as many rows per group as its estimator has distinct inputs (2 G + 1 for the coupled one), and its rollouts
-take one forward pass of the whole row per denoising step. GPU-days = operations / (utilisation * peak).
+take one forward pass of the whole row per denoising step, of an autoregressive model one in all.
+GPU-days = operations / (utilisation * peak).
 """
 
 from collections.abc import Mapping
@@ -211,6 +212,7 @@ def rl_estimate(config: RLConfig, sizes: Sizes) -> Estimate:
     sampled = 4 if config.rollout.dtype == "float32" or (config.rollout.dtype is None and item == 4) else 2
     scoring = forward_flops(sizes, length, rows=rows * groups)
     mu, backward = method.num_iterations, 4.0 if learner.recompute else 3.0
+    passes = 1 if config.model.family == "causal" else config.sampling.steps
     return Estimate(
         memory=memory(
             sizes,
@@ -236,7 +238,7 @@ def rl_estimate(config: RLConfig, sizes: Sizes) -> Estimate:
         },
         tokens_per_step=groups * method.group_size * window,
         flops_per_step={
-            "rollouts": config.sampling.steps * forward_flops(sizes, length, rows=groups * method.group_size),
+            "rollouts": passes * forward_flops(sizes, length, rows=groups * method.group_size),
             "reference": mu * scoring if method.kl_coef > 0 else 0.0,
             "old scores": (mu - 1) * scoring,
             "learner": mu * backward * scoring,

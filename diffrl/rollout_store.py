@@ -20,7 +20,9 @@ from transformers import PreTrainedTokenizerFast
 from diffrl.prompts import build_prompt, chat_ids
 from diffrl.types import Judgement, Problem, Rollout, RolloutGroup, ScoredGroup
 
-SCHEMA_VERSION = 3  # raise it with every change of a column
+SCHEMA_VERSION = 4  # raise it with every change of a column
+READABLE = (3, 4)  # 3 had neither tests nor details
+MAX_TEST_CHARACTERS = 1000  # of a graded test's text: those of HumanEval+ are megabytes
 _VERSION_KEY = b"diffrl.rollout_store.version"
 _FILE_NAME = re.compile(r"step_(\d{6,})\.parquet")
 
@@ -42,7 +44,9 @@ SCHEMA = pa.schema(
         pa.field("num_tokens", pa.int32(), nullable=False),  # up to and including the first end token
         pa.field("step_map", _INT32S, nullable=False),  # denoising step of each position
         pa.field("probability", _FLOAT16S, nullable=False),  # of each token when it was revealed, at temperature 1
+        pa.field("tests", _STRINGS),  # what was graded, cut to MAX_TEST_CHARACTERS each
         pa.field("statuses", _STRINGS),  # null: the judge failed
+        pa.field("details", _STRINGS),  # what the judge said of each test
         pa.field("reward", pa.float64(), nullable=False),  # meaningless when not valid
         pa.field("format", pa.float64(), nullable=False),
         pa.field("pass_rate", pa.float64(), nullable=False),
@@ -95,13 +99,14 @@ def read_step(path: str | Path) -> pa.Table:
     try:
         with pq.ParquetFile(path) as file:
             found = (file.schema_arrow.metadata or {}).get(_VERSION_KEY)
-            if found is not None and found == str(SCHEMA_VERSION).encode():
-                return file.read()
+            if found is not None and found in [str(known).encode() for known in READABLE]:
+                return pa.concat_tables([SCHEMA.empty_table(), file.read()], promote_options="default")
     except (pa.ArrowException, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} cannot be read as Parquet ({reason}): remove it or restore it") from None
     version = "no rollout schema version" if found is None else f"rollout schema version {found.decode()}"
-    raise ValueError(f"{path} has {version}, this diffrl reads {SCHEMA_VERSION}: use the diffrl that wrote it")
+    known = " and ".join(map(str, READABLE))
+    raise ValueError(f"{path} has {version}, this diffrl reads {known}: use the diffrl that wrote it")
 
 
 def read_all(folder: str | Path) -> pa.Table:
@@ -160,6 +165,7 @@ def _scored_group(
             cpu_s=row["cpu_s"],
             low_trust=row["low_trust"],
             detail=row["detail"],
+            details=tuple(row["details"] or ()),
         )
         for row in rows
     )
@@ -186,7 +192,9 @@ def _row(step: int, group: RolloutGroup, rollout: Rollout, judgement: Judgement,
         "num_tokens": rollout.num_tokens,
         "step_map": rollout.step_map_C,
         "probability": rollout.probability_C,
+        "tests": [_utf8(test[:MAX_TEST_CHARACTERS]) for test in group.problem.reward_tests],
         "statuses": None if judgement.statuses is None else list(judgement.statuses),
+        "details": [_utf8(line) for line in judgement.details],
         "reward": judgement.reward,
         "format": judgement.format,
         "pass_rate": judgement.pass_rate,

@@ -33,11 +33,13 @@ def noised_batch(
     mask_token_id: int,
     epoch_steps: int | None = None,
 ) -> NoisedRows:
-    """The whole global batch of a step (counted from 0), noised.
+    """The whole global batch of a step (counted from 0), noised; of a causal model as it is, with nothing hidden.
 
     epoch_steps: optimizer steps of the first epoch, over which instruction tuning phases the prompts in when
     `data.condition_steps` is not set; needed then only.
     """
+    if config.model.family == "causal":
+        return next_tokens(rows)
     seed, opened_LL = config.seed, None
     if isinstance(config, SftConfig):
         steps = epoch_steps if config.data.condition_steps is None else config.data.condition_steps
@@ -57,6 +59,8 @@ def noised_batch(
 
 def validation_batch(rows: SupervisedRows, config: PretrainConfig | SftConfig, *, mask_token_id: int) -> NoisedRows:
     """All rows of the validation, with the same noise whenever it is asked: full attention, whole rows, clean prompts."""
+    if config.model.family == "causal":
+        return next_tokens(rows)
     return noised(rows, step_generator(config.seed, 0, "validation"), mask_token_id=mask_token_id)
 
 
@@ -74,6 +78,13 @@ def noised(
         mask_token_id=mask_token_id,
         opened_LL=opened_LL,
     )
+
+
+def next_tokens(rows: SupervisedRows) -> NoisedRows:
+    """Every token that is not the prompt's scored once, given those before it: an autoregressive model's rows."""
+    t_B = torch.ones(len(rows))
+    batch = noised_rows(rows.ids_NL, rows.document_NL, rows.loss_weight_NL, rows.maskable_NL, t_B, mask_token_id=0)
+    return replace(batch, noised_ids_BL=rows.ids_NL)
 
 
 def cut_rows(rows: SupervisedRows, frac: float, generator: torch.Generator) -> SupervisedRows:

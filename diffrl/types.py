@@ -85,7 +85,8 @@ class Judgement:
     statuses: tuple[str, ...] | None
     cpu_s: float
     low_trust: bool = False  # a test ran in the program's own process, where it could forge the status
-    detail: str = ""
+    detail: str = ""  # why the judge failed, or the first thing that it said
+    details: tuple[str, ...] = ()  # a line for each graded test, "" where there is nothing to say
 
     @property
     def valid(self) -> bool:

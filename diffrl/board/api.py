@@ -47,7 +47,7 @@ FULL = (
         "low_trust",
         "seed",
     ),
-    *("policy_version", "cpu_s", "detail"),
+    *("policy_version", "cpu_s", "detail", "tests", "details"),
 )
 
 
@@ -313,6 +313,8 @@ def full(run: Run, text: Mapping[str, Any], limit: int | None) -> dict[str, Any]
         "valid": text.get("valid", True),
         "prompt": clip(text.get("prompt"), limit),
         "detail": clip(text.get("detail"), limit),
+        "tests": [clip(test, limit) for test in text.get("tests") or ()],
+        "details": [clip(line, limit) for line in text.get("details") or ()],
         "completion": clip(completion, limit),
         "num_characters": None if completion is None else len(completion),
         "tokens": tokens_of(run, text),

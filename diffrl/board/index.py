@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SCHEMA_VERSION = "3"  # of rollout_store.py, whose names these are; a test compares them
+SCHEMA_VERSION = "4"  # of rollout_store.py, whose names these are; a test compares them
 VERSION_KEY = b"diffrl.rollout_store.version"
 FILE_NAME = re.compile(r"step_(\d{6,})\.parquet")
 COLUMNS = (

@@ -101,6 +101,8 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     path: str | None = None  # a Hugging Face folder; without it a tiny model starts from random weights
     known_as: str | None = None  # a name of diffrl/models/sizes.py: for the estimates of a dry run where path is not
+    # causal: an autoregressive Qwen2, the baseline; of the stages sft and rl alone, in rl with estimator causal.
+    family: Literal["diffusion", "causal"] = "diffusion"
     tiny: TinyModel = TinyModel()
     dtype: Literal["float32", "bfloat16"] = "float32"
     lora: LoraConfig | None = None  # None: all weights are trained

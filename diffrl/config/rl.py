@@ -27,6 +27,7 @@ from diffrl.objectives import OBJECTIVES
 from diffrl.rewards import REWARDS
 from diffrl.sampler import SamplingParams
 from diffrl.sampler.engine import aligned
+from diffrl.sampler.params import APPROXIMATIONS
 from diffrl.views import T_DISTRIBUTIONS, ViewOptions
 
 
@@ -336,6 +337,27 @@ class RLConfig(Section):
     telemetry: TelemetryConfig = TelemetryConfig()
     ray: RayConfig = RayConfig()
 
+    def check_family(self) -> None:
+        """An estimator hides tokens, or not, as the model was trained to see them; denoising is of diffusion models alone."""
+        family, estimators = (
+            self.model.family,
+            sorted(k for k, e in ESTIMATORS.items() if e.family == self.model.family),
+        )
+        require(
+            self.method.estimator in estimators,
+            "method.estimator",
+            self.method.estimator,
+            f"be one for a model of model.family {family}: {', '.join(estimators)}",
+        )
+        if family == "diffusion":
+            return
+        params, why = self.sampling.params(), "be left out with model.family causal: it is a short cut of denoising"
+        for name in APPROXIMATIONS:
+            value = getattr(params, name)
+            require(value == getattr(params.exactly(), name), f"sampling.{name}", value, why)
+        for field, value in (("method.compat", self.method.compat), ("rollout.compile", self.rollout.compile)):
+            require(not value, field, value, "be left out with model.family causal")
+
     @property
     def tokens_per_group(self) -> int:
         """Positions that a group of the longest prompts has in a forward pass of the sampler."""
@@ -379,6 +401,7 @@ class RLConfig(Section):
             self.learner.zero_stage,
             f"be 1, 2 or 3 with model.dtype {self.model.dtype}: stage 0 would sum gradients in {self.model.dtype}",
         )
+        self.check_family()
         require(
             self.sampling.steps <= self.sampling.completion_tokens,
             "sampling.steps",

@@ -177,6 +177,12 @@ class PretrainConfig(SupervisedConfig):
     data: CorpusData
     adaptation: AdaptationConfig | None = None  # None: full attention, whole windows
 
+    @model_validator(mode="after")
+    def check_family(self):
+        family = self.model.family
+        require(family == "diffusion", "model.family", family, f"be diffusion in {self.stage}; causal is of sft and rl")
+        return self
+
 
 class SftConfig(SupervisedConfig):
     stage: Literal["sft"]

@@ -52,7 +52,7 @@ class PolicyModel(nn.Module, ABC):
         backbone.lm_head = VocabularyHead(cast(nn.Parameter, backbone.lm_head.weight))
         parts: list[Any] = [backbone.config, *(layer.self_attn for layer in backbone.model.layers)]
         for part in parts:
-            part.is_causal = False  # where a call has no mask
+            part.is_causal = self.family == "causal"  # where a call has no mask
         self.mask_token_id = mask_token_id
         self.hf_config = hf_config or self.config_dict(self.config, mask_token_id)
         self.num_tokens = num_tokens

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffrl.models.base import PolicyModel, restore_rotary
+from diffrl.models.causal import NO_MASK, CausalModel
 from diffrl.models.dream import DreamModel
 from diffrl.models.llada import LladaModel
 from diffrl.models.lora import adapter_state, base_state, merged_state
@@ -24,8 +25,10 @@ SHARD_BYTES = 4 << 30
 
 
 def family_of(hf_config: dict) -> type[PolicyModel]:
-    """The family that config.json's model_type belongs to. Raises ValueError."""
+    """The family that config.json's model_type belongs to; a Qwen2 without [MASK] is autoregressive. Raises ValueError."""
     model_type = hf_config.get("model_type", "Dream")
+    if model_type in CausalModel.model_types and hf_config.get("mask_token_id") is None:
+        return CausalModel
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
@@ -101,25 +104,34 @@ def load_model(
     path: str | Path,
     *,
     mask_token_id: int | None = None,
+    causal: bool = False,
     dtype: torch.dtype | None = None,
     meta: bool = False,
 ) -> PolicyModel:
-    """Load a folder into its family's stock backbone with full attention; with `meta` check it without its weights.
+    """Load a folder into its family's stock backbone; with `meta` check it without its weights.
 
-    `mask_token_id` is needed for folders whose config.json does not name one (plain Qwen2).
+    `mask_token_id` is needed for folders whose config.json does not name one (plain Qwen2). `causal`: a plain Qwen2 stays
+    the autoregressive model that it is; otherwise it gets full attention.
     Raises ValueError naming the file when the folder is not one, lacks tensors or has others.
     """
     path = Path(path)
     if not (path / "config.json").exists():
         raise ValueError(f"model.path: {path} holds no config.json; give a Hugging Face model folder")
     raw = read_config(path)
-    mask_id = mask_token_id if raw.get("mask_token_id") is None else raw["mask_token_id"]
-    if not isinstance(mask_id, int):
+    if not causal:
+        mask_id = mask_token_id if raw.get("mask_token_id") is None else raw["mask_token_id"]
+        if not isinstance(mask_id, int):
+            raise ValueError(
+                f"model.path: {path}/config.json names no mask_token_id; add it, or use a tokenizer with a mask token"
+            )
+        raw = {**raw, "mask_token_id": mask_id}
+    elif family_of(raw) is not CausalModel:
         raise ValueError(
-            f"model.path: {path}/config.json names no mask_token_id; add it, or use a tokenizer with a mask token"
+            f"model.family: 'causal' must be diffusion for {path}, whose config.json is one of a diffusion model; or give the "
+            "folder of a Qwen2"
         )
     with errors_of(path):
-        model = build_model({**raw, "mask_token_id": mask_id}, load_state_dict(path, meta=meta))
+        model = build_model(raw, load_state_dict(path, meta=meta))
     return model.to(dtype) if dtype is not None else model
 
 
@@ -148,7 +160,8 @@ def build_model(hf_config: dict, state: Mapping[str, Tensor], *, num_tokens: int
     backbone.load_state_dict(stock, assign=True)
     backbone.tie_weights()
     restore_rotary(backbone)
-    return family(backbone, mask_token_id=hf_config["mask_token_id"], hf_config=hf_config, num_tokens=num_tokens)
+    mask_token_id = NO_MASK if family is CausalModel else hf_config["mask_token_id"]
+    return family(backbone, mask_token_id=mask_token_id, hf_config=hf_config, num_tokens=num_tokens)
 
 
 def state_dict_for_export(
@@ -210,10 +223,11 @@ def shards_of(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[dict[str, Tenso
         yield shard
 
 
-def check_bidirectional(model: PolicyModel) -> None:
-    """Start-up probe: the last token must reach the first position's logits, with and without padding.
+def check_attention(model: PolicyModel) -> None:
+    """Start-up probe: the last token must reach the first position's logits, of a causal model it must not, with and
+    without padding.
 
-    Guards against attention paths that drop the mask silently (causal fallbacks). Raises RuntimeError.
+    Guards against attention paths that drop the mask silently. Raises RuntimeError.
     """
     length, pad = 6, 2
     ids = torch.arange(length) % (model.vocab_size - 1)
@@ -225,7 +239,6 @@ def check_bidirectional(model: PolicyModel) -> None:
             changed = row.clone()
             changed[0, -1] += 1
             delta = (model(row, mask) - model(changed, mask))[0, padding + 1].abs().max()
-            if not delta > 0:
-                raise RuntimeError(
-                    f"the model does not attend to later tokens (padding {padding}): attention is causal"
-                )
+            if not (delta == 0 if model.family == "causal" else delta > 0):
+                seen = "does not attend" if delta == 0 else "attends"
+                raise RuntimeError(f"the {model.family} model {seen} to later tokens (padding {padding})")

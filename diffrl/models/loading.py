@@ -10,10 +10,12 @@ from diffrl.data.corpus import microcode_text, stdlib_text
 from diffrl.data.microcode import microcode_exercises
 from diffrl.data.sft import fenced
 from diffrl.models.base import PolicyModel
-from diffrl.models.folders import check_bidirectional, load_model, read_config
+from diffrl.models.causal import CausalModel
+from diffrl.models.dream import DreamModel
+from diffrl.models.folders import check_attention, load_model, read_config
 from diffrl.models.llada import LladaModel
 from diffrl.models.lora import add_adapters
-from diffrl.models.tiny import load_tokenizer, tiny_model, train_tokenizer
+from diffrl.models.tiny import load_tokenizer, tiny_of, train_tokenizer
 from diffrl.models.tokens import special_id
 from diffrl.seeds import derive_seed
 
@@ -35,7 +37,7 @@ def load_policy_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
         named = raw.get("mask_token_id")  # the released tokenizer does not say it
         if isinstance(named, int) and 0 <= named < len(tokenizer):
             tokenizer.mask_token = tokenizer.convert_ids_to_tokens(named)
-    for name in ("mask", "eos", "pad"):
+    for name in ("eos", "pad") if config.family == "causal" else ("mask", "eos", "pad"):
         if getattr(tokenizer, f"{name}_token_id") is None:
             way_out = f"add `{name}_token` to its tokenizer_config.json"
             if name != "eos":
@@ -59,7 +61,8 @@ def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, seed
         model = load_folder(config, tokenizer)
     else:
         tiny = config.tiny
-        model = tiny_model(
+        model = tiny_of(
+            CausalModel if config.family == "causal" else DreamModel,
             tokenizer,
             generator=torch.Generator().manual_seed(derive_seed(seed, "weights")),
             hidden_size=tiny.hidden_size,
@@ -70,7 +73,7 @@ def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, seed
             max_positions=tiny.max_length,
         ).to(getattr(torch, config.dtype))
     model.num_tokens = len(tokenizer)
-    check_bidirectional(model)
+    check_attention(model)
     if config.lora is not None:
         add_adapters(model, config.lora, torch.Generator().manual_seed(derive_seed(seed, "adapters")))
     return model
@@ -90,8 +93,10 @@ def check_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Pol
 def load_folder(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, meta: bool = False) -> PolicyModel:
     """The model of `model.path`, checked against its tokenizer."""
     assert config.path is not None
-    mask_token_id = special_id(tokenizer, "mask")
-    model = load_model(config.path, mask_token_id=mask_token_id, dtype=getattr(torch, config.dtype), meta=meta)
+    causal = config.family == "causal"
+    mask_token_id = None if causal else special_id(tokenizer, "mask")
+    dtype = getattr(torch, config.dtype)
+    model = load_model(config.path, mask_token_id=mask_token_id, causal=causal, dtype=dtype, meta=meta)
     if model.vocab_size < len(tokenizer):
         raise ValueError(
             f"model.path: {config.path} has {model.vocab_size} embeddings for a tokenizer of {len(tokenizer)} tokens; "

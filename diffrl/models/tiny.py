@@ -6,12 +6,14 @@ every line of the pipeline runs as it would there. Text is byte-level BPE; numbe
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
+from diffrl.models.base import PolicyModel
 from diffrl.models.dream import DreamModel
 from diffrl.models.tokens import special_id
 
@@ -19,6 +21,8 @@ MASK, END, PAD = "<|mask|>", "<|im_end|>", "<|dlm_pad|>"
 # Header and role are one token each, so a chat costs three tokens and not nine.
 USER, ASSISTANT, SYSTEM = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_start|>system\n"
 SPECIAL_TOKENS = (PAD, END, MASK, USER, ASSISTANT, SYSTEM)
+
+Family = TypeVar("Family", bound=PolicyModel)
 
 EMBEDDING_STD = 0.1  # of the tied embeddings; the usual 0.02 learns more slowly here
 
@@ -100,15 +104,22 @@ def tiny_config(
 
 def tiny_model(tokenizer: PreTrainedTokenizerFast, *, generator: torch.Generator, **sizes: int) -> DreamModel:
     """A tiny model with weights drawn from `generator` that is quick to learn copying; `sizes`: see `tiny_config`."""
+    return tiny_of(DreamModel, tokenizer, generator=generator, **sizes)
+
+
+def tiny_of(
+    family: type[Family], tokenizer: PreTrainedTokenizerFast, *, generator: torch.Generator, **sizes: int
+) -> Family:
+    """The same of any family with a Qwen2 backbone."""
     config = tiny_config(tokenizer, **sizes)
-    model = DreamModel.from_config(config, mask_token_id=special_id(tokenizer, "mask"), generator=generator)
+    model = family.from_config(config, mask_token_id=special_id(tokenizer, "mask"), generator=generator)
     nn.init.normal_(model.backbone.model.embed_tokens.weight, std=EMBEDDING_STD, generator=generator)
     start_as_copier(model, generator)
     return model
 
 
 @torch.no_grad()
-def start_as_copier(model: DreamModel, generator: torch.Generator, strength: float = 0.7) -> None:
+def start_as_copier(model: PolicyModel, generator: torch.Generator, strength: float = 0.7) -> None:
     """Let every attention head begin by passing on what it looks at: o_proj is the transpose of an orthogonal v_proj.
 
     Constants must be copied from the prompt, which is learned in fewer steps from this start ("mimetic initialization",

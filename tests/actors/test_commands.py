@@ -39,6 +39,7 @@ MAX_UPLOAD = 20 << 20
 COMMANDS = (
     "diffrl pipeline configs/quickstart_pipeline.yaml",
     "diffrl pipeline configs/diffucoder_7b/pipeline.yaml",
+    "diffrl pipeline configs/causal_pipeline.yaml",
     "diffrl train configs/quickstart_pretrain.yaml",
     "diffrl train configs/quickstart.yaml --dry-run",
     "diffrl train configs/quickstart.yaml --resume",
@@ -146,6 +147,16 @@ def test_the_quickstart_is_a_pipeline(ray_cluster: RayCluster, tmp_path: Path):
 def test_the_7b_pipeline_is_planned_where_its_models_are_not():
     stdout = succeeds(readme("diffrl pipeline configs/diffucoder_7b/pipeline.yaml"))
     assert stdout.splitlines()[-1] == "nothing was started" and stdout.count("GPU-days") == 4
+
+
+def test_the_baseline_is_a_pipeline(ray_cluster: RayCluster, tmp_path: Path):
+    rl = ("train.steps=1", "method.group_size=2", "report.num_train_problems=2", "report.problems.limit=2")
+    overrides = ("stages.sft.train.steps=2", *(f"stages.rl.{key}" for key in rl), "evaluation.problems.limit=2")
+    command = readme("diffrl pipeline configs/causal_pipeline.yaml", f"run_dir={tmp_path}/run", *overrides)
+    assert "held-out pass@1" in succeeds(command, RAY_ADDRESS=ray_cluster.address)
+    rows = json.loads((tmp_path / "run/pipeline.json").read_text())["stages"]
+    assert [(row["stage"], row["steps"], "pass@2" in row) for row in rows] == [("sft", 2, True), ("rl", 1, True)]
+    assert json.loads((tmp_path / "run/rl/model/config.json").read_text())["model_type"] == "qwen2"
 
 
 def test_one_stage_alone(tmp_path: Path):

@@ -435,7 +435,7 @@ MISTAKES = [
     ("rl", "model.path=models/cut_tokenizer", "model.path", "models/cut_tokenizer", "add its tokenizer.json"),
     ("midtrain", "model.path=models/no_mask", "model.path", "no mask token", "`diffrl data add-tokens models/no_mask OUT`"),
     ("rl", "model.path=models/no_end", "model.path", "no eos token", "add `eos_token` to its tokenizer_config.json"),
-    ("rl", "method.estimator=causal", "method.estimator", "'causal'", "must be one for diffusion models"),
+    ("rl", "method.estimator=causal", "method.estimator", "'causal'", "be one for a model of model.family diffusion"),
     ("rl", f"model.path={'m' * 300}", "model.path", "mmm", "name another"),
     # The run's folder
     ("rl", "run_dir=runs/mine", "run_dir", "runs/mine", "choose another run_dir"),

@@ -162,6 +162,7 @@ def judged(rng: random.Random, problem: Problem, text: str) -> Judgement:
         cpu_s=0.001 * len(text),
         low_trust=cheats,
         detail=detail,
+        details=tuple("" if status == "passed" else "AssertionError" for status in statuses),
     )
 
 

@@ -184,7 +184,18 @@ def test_one_rollout_in_full(run_folder):
     (expected,) = (r for r in table(run_folder) if (r["step"], r["ordinal"], r["sample_index"]) == (2, 7, 1))
     answer = ask(board, "rollout", step=2, ordinal=7, sample=1)
     row = answer["row"]
-    for name in ("prompt", "completion", "statuses", "family", "detail", "policy_version", "format", "pass_rate"):
+    for name in (
+        "prompt",
+        "completion",
+        "statuses",
+        "family",
+        "detail",
+        "details",
+        "tests",
+        "policy_version",
+        "format",
+        "pass_rate",
+    ):
         assert row[name] == expected[name], name
     assert row["seed"] == str(expected["seed"])
     size = expected["num_tokens"]
@@ -397,7 +408,7 @@ def test_an_older_schema_is_shown_as_far_as_it_goes(own_folder, kept):
     pq.write_table(old, file)
     board = board_of(own_folder)
     notes = board.runs[0].notes
-    assert "step_000003.parquet: rollout schema version 1, this board knows 3" in notes
+    assert "step_000003.parquet: rollout schema version 1, this board knows 4" in notes
     assert any("has no column" in note and "num_tokens" in note for note in notes)
     answer = ask(board, "rollouts", step_min=3)
     assert answer["total"] == old.num_rows

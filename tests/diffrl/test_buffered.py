@@ -14,7 +14,9 @@ from diffrl.types import Judgement, Problem, Rollout, RolloutGroup, ScoredGroup
 
 TOKENIZER = load_policy_tokenizer(ModelConfig())
 PROBLEM = Problem(id="p", prompt="Do.", prompt_tests=(), reward_tests=("assert g()",))
-JUDGED = Judgement(reward=1.1, format=1.0, pass_rate=0.3, statuses=("passed", "failed"), cpu_s=0.25, detail="no")
+JUDGED = Judgement(
+    reward=1.1, format=1.0, pass_rate=0.3, statuses=("passed", "failed"), cpu_s=0.25, detail="no", details=("", "no")
+)
 UNJUDGED = Judgement(reward=0.0, format=0.0, pass_rate=0.0, statuses=None, cpu_s=0.0, detail="judge died")
 
 

@@ -86,13 +86,15 @@ def loaded(path: str, *overrides: str) -> RLConfig:
 
 def test_there_are_configs():
     assert "quickstart.yaml" in [path.name for path in CONFIGS]
-    assert [path.name for path in PIPELINES] == ["pipeline.yaml", "quickstart_pipeline.yaml"]
+    assert [path.name for path in PIPELINES] == ["causal_pipeline.yaml", "pipeline.yaml", "quickstart_pipeline.yaml"]
 
 
 @pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.name)
-def test_every_pipeline_has_the_four_stages(path):
+def test_every_pipeline_has_the_four_stages_and_the_baseline_the_last_two(path):
     pipeline = load_pipeline(path)
-    assert [config.stage for config in pipeline.stages.values()] == list(STAGES)
+    baseline = path.name == "causal_pipeline.yaml"
+    assert [config.stage for config in pipeline.stages.values()] == list(STAGES)[2 if baseline else 0 :]
+    assert {config.model.family for config in pipeline.stages.values()} == {"causal" if baseline else "diffusion"}
     assert parse_value(dump_config(pipeline.config)) == pipeline.config.model_dump(mode="json")
 
 

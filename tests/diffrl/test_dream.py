@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from diffrl.config import ModelConfig, TinyModel
 from diffrl.models import folders, loading
 from diffrl.models.dream import DreamModel, qwen2_config
-from diffrl.models.folders import check_bidirectional, load_model, save_model
+from diffrl.models.folders import check_attention, load_model, save_model
 from diffrl.models.tiny import train_tokenizer
 
 ROPE_THETA = 5000.0
@@ -304,15 +304,15 @@ class CausalOnlyWhenPadded(CausalDream):
 @pytest.mark.parametrize(("family", "padding"), [(CausalDream, 0), (CausalOnlyWhenPadded, 2)])
 def test_causal_attention_is_found(family, padding):
     model = family(make_model().backbone, mask_token_id=63)
-    with pytest.raises(RuntimeError, match=rf"\(padding {padding}\): attention is causal"):
-        check_bidirectional(model)
+    with pytest.raises(RuntimeError, match=rf"does not attend to later tokens \(padding {padding}\)"):
+        check_attention(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ours_is_bidirectional(dtype):
     model = make_model().to(dtype)
     before = {k: v.clone() for k, v in model.named_parameters()}
-    check_bidirectional(model)
+    check_attention(model)
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert all(torch.equal(before[k], v) and v.grad is None for k, v in model.named_parameters())
 
@@ -385,5 +385,5 @@ def test_a_causal_policy_is_refused(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(
         loading, "load_model", lambda *a, **k: CausalDream(load_model(tmp_path).backbone, mask_token_id=2)
     )
-    with pytest.raises(RuntimeError, match="attention is causal"):
+    with pytest.raises(RuntimeError, match="does not attend to later tokens"):
         loading.load_policy(config, tokenizer, seed=0)

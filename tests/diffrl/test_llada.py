@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from diffrl.config import ModelConfig
 from diffrl.estimators import ESTIMATORS, draw_views
 from diffrl.models import folders
-from diffrl.models.folders import check_bidirectional, load_model, save_model
+from diffrl.models.folders import check_attention, load_model, save_model
 from diffrl.models.llada import LladaModel, llama_config
 from diffrl.models.loading import load_policy, load_policy_tokenizer
 from diffrl.models.tiny import train_tokenizer
@@ -114,7 +114,7 @@ def test_equals_the_block_written_out_under_padding(changes, tmp_path):
     raw = write_folder(tmp_path, **changes)
     model = load_model(tmp_path)
     assert isinstance(model, LladaModel) and model.mask_token_id == MASK_ID and model.vocab_size == 64
-    check_bidirectional(model)
+    check_attention(model)
     ids = token_ids()
     keep = torch.arange(10) >= torch.tensor([[4], [0], [1]])
     with torch.no_grad():

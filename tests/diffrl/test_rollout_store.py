@@ -8,8 +8,9 @@ from diffrl.rollout_store import SCHEMA, read_all, read_step, write_step
 from diffrl.types import Judgement, Problem, Rollout, RolloutGroup, ScoredGroup
 
 JUDGED = Judgement(
-    reward=1.5, format=1.0, pass_rate=0.5, statuses=("passed", "failed"), cpu_s=0.25, low_trust=True, detail="x\ud800"
-)
+    reward=1.5, format=1.0, pass_rate=0.5, statuses=("passed", "failed"), cpu_s=0.25, low_trust=True, detail="x\ud800",
+    details=("", "y\ud800"),
+)  # fmt: skip
 UNJUDGED = Judgement(reward=0.0, format=0.0, pass_rate=0.0, statuses=None, cpu_s=0.0, detail="judge died")
 
 
@@ -27,7 +28,11 @@ def scored(ordinal: int, *judgements: Judgement) -> ScoredGroup:
         for i in range(len(judgements))
     )
     problem = Problem(
-        id=f"p/{ordinal}", prompt="Do.", prompt_tests=("assert f()",), reward_tests=("assert g()",), family="toy"
+        id=f"p/{ordinal}",
+        prompt="Do.",
+        prompt_tests=("assert f()",),
+        reward_tests=("assert g()", "#" * 1001),
+        family="toy",
     )
     ids = np.array([1, 2], dtype=np.int32)
     group = RolloutGroup(problem=problem, ordinal=ordinal, policy_version=4, prompt_ids_P=ids, rollouts=rollouts)
@@ -58,7 +63,9 @@ def test_a_step_comes_back_as_it_was(tmp_path):
         "completion_ids": [7, 0, 2**31 - 1],
         "num_tokens": 2,
         "step_map": [2, 0, 1],
+        "tests": ["assert g()", "#" * 1000],
         "statuses": ["passed", "failed"],
+        "details": ["", "y\\ud800"],
         "reward": 1.5,
         "format": 1.0,
         "pass_rate": 0.5,
@@ -78,7 +85,16 @@ def test_files_are_zstd_and_carry_the_schema_version(tmp_path):
     path = write_step(tmp_path, 0, [scored(0, JUDGED)], [0.0])
     metadata = pq.read_metadata(path)
     assert {metadata.row_group(0).column(i).compression for i in range(metadata.num_columns)} == {"ZSTD"}
-    assert pq.read_schema(path).metadata[b"diffrl.rollout_store.version"] == b"3"
+    assert pq.read_schema(path).metadata[b"diffrl.rollout_store.version"] == b"4"
+
+
+def test_a_file_without_what_the_tests_said_is_read(tmp_path):
+    """As version 3 had it."""
+    path = write_step(tmp_path, 0, [scored(0, JUDGED)], [0.0])
+    table = pq.read_table(path).drop_columns(["tests", "details"])
+    pq.write_table(table.replace_schema_metadata({"diffrl.rollout_store.version": "3"}), path)
+    (row,) = read_all(tmp_path).to_pylist()
+    assert (row["tests"], row["details"], row["statuses"]) == (None, None, ["passed", "failed"])
 
 
 def test_writing_a_step_again_replaces_it(tmp_path):
@@ -127,8 +143,8 @@ def test_advantages_must_fit_the_rollouts(tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        (None, "has no rollout schema version, this diffrl reads 3: use the diffrl that wrote it"),
-        ({"diffrl.rollout_store.version": "1"}, "has rollout schema version 1, this diffrl reads 3"),
+        (None, "has no rollout schema version, this diffrl reads 3 and 4: use the diffrl that wrote it"),
+        ({"diffrl.rollout_store.version": "1"}, "has rollout schema version 1, this diffrl reads 3 and 4"),
     ],
 )
 def test_other_schema_versions_are_refused(tmp_path, metadata, message):

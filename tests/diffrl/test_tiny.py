@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffrl.data.corpus import microcode_text
-from diffrl.models.folders import check_bidirectional
+from diffrl.models.folders import check_attention
 from diffrl.models.tiny import load_tokenizer, tiny_model, train_tokenizer
 
 TEXT = microcode_text()[:60_000]
@@ -72,7 +72,7 @@ def test_the_model_comes_from_its_generator_alone_and_is_bidirectional(tokenizer
         assert name.endswith(("norm.weight", "bias")) or not torch.equal(a, c), name
     assert first.mask_token_id == tokenizer.mask_token_id and first.vocab_size == len(tokenizer)
     assert first.backbone.lm_head.weight is first.backbone.model.embed_tokens.weight
-    check_bidirectional(first)
+    check_attention(first)
 
 
 def test_heads_begin_as_copiers(tokenizer):

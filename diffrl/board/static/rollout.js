@@ -95,12 +95,13 @@ function reward(row, weights) {
 }
 
 function tests(row) {
-  const statuses = row.statuses ?? [];
-  const line = (status, n) => h("li", {}, h("span", { class: "n" }, `test ${n + 1}`), verdict(status));
+  const statuses = row.statuses ?? [], texts = row.tests.length === statuses.length ? row.tests : [];
+  const line = (status, n) => h("li", {}, h("span", { class: "n" }, `test ${n + 1}`), verdict(status),
+    texts.length ? pre(texts[n]) : null, row.details[n] ? h("p", { class: "said" }, row.details[n]) : null);
   return h("section", { class: "card" }, h("h2", {}, "Graded tests"),
-    statuses.length ? h("ol", { class: "tests" }, statuses.map(line)) : h("p", {}, row.statuses === null ? "Not judged." : "None recorded."),
-    row.detail ? [h("h3", {}, "What the judge said"), pre(row.detail)] : null,
-    h("p", { class: "hint" }, "The record keeps how each graded test ended, not its text. Tests that were shown to the model are in the prompt."));
+    statuses.length ? h("ol", { class: texts.length ? "tests with-text" : "tests" }, statuses.map(line)) : h("p", {}, row.statuses === null ? "Not judged." : "None recorded."),
+    row.detail && !row.details.includes(row.detail) ? [h("h3", {}, "What the judge said"), pre(row.detail)] : null,
+    h("p", { class: "hint" }, "Tests that were shown to the model are in the prompt, and not graded."));
 }
 
 function facts(row) {
