@@ -18,7 +18,7 @@ import ray
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from actors.commands import context_length, open_engine, open_tokenizer
+from actors.commands import context_length, open_engine, open_tokenizer, policy_of
 from actors.evaluate import EVALUATION_ATTEMPTS, num_correct
 from actors.evaluate_folder import judged
 from actors.placement import Ask, make_room
@@ -185,6 +185,8 @@ def problems_for(config: AnalyzeConfig, models: Sequence[Source]) -> tuple[list[
         except ValueError as error:
             raise ConfigError(f"math.path: {error}") from error
     for source in models:
+        if policy_of(source.path).family == "causal":
+            raise ConfigError(f"SOURCE: {source.path} is autoregressive and has one order only; give a diffusion model")
         tokenizer = open_tokenizer(source.path)
         if tokenizer.chat_template is None:
             raise ConfigError(f"SOURCE: the tokenizer of {source.path} has no chat template; add one")
@@ -290,6 +292,7 @@ def explored_here(folder: Path, jobs: Sequence[Job]) -> Iterator[Explored]:
     torch.set_num_threads(first.threads)
     tokenizer = open_tokenizer(folder)
     opened = open_engine(folder, tokenizer, first.params(), max_tokens=first.max_tokens_per_batch)
+    assert isinstance(opened, Engine), folder
     for job in jobs:
         engine = Engine(
             opened.model,

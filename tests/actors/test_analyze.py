@@ -16,6 +16,7 @@ from diffrl.sampler.params import reveal_counts
 from tests.actors.conftest import WINDOW, Called, one_line
 from tests.conftest import RayCluster
 from tests.diffrl.board_run import Shape, make_run
+from tests.diffrl.test_added_tokens import qwen
 from tests.diffrl.tiny_folder import tiny_folder
 
 SMALL = (
@@ -128,6 +129,7 @@ def test_bad_input_is_one_line(tmp_path: Path, called: Called):
     (tmp_path / "new/rollouts").mkdir(parents=True)
     stage = tmp_path / "pipeline/sft"
     tiny_folder(stage / "model")
+    qwen(tmp_path / "ar")
     small = (model, *SMALL)
     for arguments, expected in (
         ((str(tmp_path / "nowhere"),), ["SOURCE", "no folder at", "nowhere"]),
@@ -138,6 +140,7 @@ def test_bad_input_is_one_line(tmp_path: Path, called: Called):
         (("seed=1",), ["SOURCE", "none given"]),
         ((model, *small), ["SOURCE", "given twice"]),
         ((model,), ["problems: missing", "problems.source"]),
+        ((str(tmp_path / "ar"), *SMALL), ["SOURCE", "is autoregressive", "diffusion model"]),
         ((*small, "num_sample=4"), ["num_sample: unknown key", "did you mean 'num_samples'?"]),
         ((*small, "sampling.step=4"), ["sampling.step: unknown key", "'steps'"]),
         ((*small, "pass_k=[1,3]"), ["pass_k: 3", "num_samples 2"]),
