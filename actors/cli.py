@@ -148,6 +148,32 @@ def curate(
 
 
 @app.command()
+def analyze(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE... [KEY=VALUE...]",
+            help="folders of models and of RL runs, the one before RL first; and overrides, such as num_samples=16",
+        ),
+    ],
+    config: Annotated[str | None, typer.Option(help="YAML file, such as configs/quickstart_analysis.yaml")] = None,
+) -> None:
+    """Measure in which order models decode and what that gives: AR-ness, confidence, temperature, steps, before and after RL.
+    Tables, plots and a summary go to the folder `out`."""
+    from diffrl.config.analyze import AnalyzeConfig
+    from diffrl.config_file import load_as
+
+    overrides = [word for word in sources if "=" in word and not Path(word).exists()]
+    folders = [word for word in sources if word not in overrides]
+    resolved = load_as(AnalyzeConfig, config, overrides)
+    if not folders:
+        raise ConfigError("SOURCE: none given; give a model's folder, such as runs/quickstart/rl/model, or a run's")
+    from actors.analyze import analyze as run_analysis
+
+    run_analysis(folders, resolved)
+
+
+@app.command()
 def submit(
     address: Annotated[str, typer.Option(help="of the head's dashboard: http://HEAD:8265")],
     config: Annotated[str | None, typer.Argument(help="YAML file of a stage, in the working directory")] = None,

@@ -49,15 +49,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
-def load_as(kind: type[AnyModel], path: str | Path, overrides: Sequence[str] = ()) -> AnyModel:
-    """As `load_config`, of a config that is no stage. Raises ConfigError."""
-    raw = read_mapping(path)
+def load_as(kind: type[AnyModel], path: str | Path | None, overrides: Sequence[str] = ()) -> AnyModel:
+    """As `load_config`, of a config that is no stage; None: of the overrides alone. Raises ConfigError."""
+    raw = {} if path is None else read_mapping(path)
     for override in overrides:
         apply_override(raw, override)
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {describe(error, kind)}") from error
+        raise ConfigError(f"{'' if path is None else f'{path}: '}{describe(error, kind)}") from error
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:

@@ -111,11 +111,15 @@ def read_step(path: str | Path) -> pa.Table:
 
 def read_all(folder: str | Path) -> pa.Table:
     """All steps of a folder in their order, no rows before the first; ValueError for a missing folder."""
+    return pa.concat_tables([SCHEMA.empty_table(), *(read_step(path) for _, path in step_files(folder))])
+
+
+def step_files(folder: str | Path) -> list[tuple[int, Path]]:
+    """(step, file) in the order of steps; ValueError for a missing folder."""
     if not Path(folder).is_dir():
         raise ValueError(f"rollouts: no folder at {folder}: give the rollouts/ folder of a run")
     matches = ((_FILE_NAME.fullmatch(path.name), path) for path in Path(folder).iterdir())
-    steps = sorted((int(match[1]), path) for match, path in matches if match)  # as numbers: a millionth step sorts last
-    return pa.concat_tables([SCHEMA.empty_table(), *(read_step(path) for _, path in steps)])
+    return sorted((int(match[1]), path) for match, path in matches if match)  # as numbers: a millionth step sorts last
 
 
 def scored_groups(

@@ -82,8 +82,8 @@ def completion_metrics(scored: Sequence[ScoredGroup], end_ids: Collection[int]) 
 
 
 def order_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
-    """Local and global AR-ness@1 of the tokens up to the end token, as diffrl/analysis.py has them, means over completions;
-    without loops over tokens, for this is done in every step."""
+    """Local and global AR-ness@1 of the tokens up to the end token, as diffrl/analysis/arness.py has them, means over
+    completions; without loops over tokens, for this is done in every step."""
     local, everywhere = [], []
     for rollout in (r for s in scored for r in s.group.rollouts):
         num_tokens = rollout.num_tokens

@@ -54,6 +54,7 @@ COMMANDS = (
     "diffrl data validate",
     "diffrl data clean",
     "diffrl curate",
+    "diffrl analyze",
     "diffrl eval --benchmark humaneval --data",
     "diffrl eval --benchmark humaneval_infilling",
     "diffrl variance",
@@ -74,7 +75,7 @@ def readme_commands() -> list[str]:
     blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", text)
     commands = [line.partition("  #")[0].strip() for line in lines]
-    ours = "train|submit|pipeline|data|curate|eval|generate|config|judge|sandbox|doctor|status|board|report|sweep|variance"
+    ours = "train|submit|pipeline|data|curate|eval|generate|config|judge|sandbox|doctor|status|board|report|sweep|variance|analyze"
     return [c for c in commands if re.match(rf"(diffrl ({ours})|ray|(\S+/)?python3?) [^A-Z]", c)]
 
 
@@ -309,6 +310,32 @@ def test_problems_are_curated(ray_cluster: RayCluster, tmp_path: Path):
     table = pq.read_table(tmp_path / "out/inferences.parquet").to_pylist()
     rates = {i["model_name"]: i["pass_rate"] for row in table for i in row["inferences"]}
     assert rates == {"qwen_coder": 1.0, "policy": 0.0} and all(len(row["inferences"]) == 6 for row in table)
+
+
+def test_two_models_are_analyzed(ray_cluster: RayCluster, tmp_path: Path):
+    """With math beside code, as its file has it. Both models are one of random weights: what they differ in is 0 exactly."""
+    before, after = (tiny_folder(tmp_path / name / "model", max_positions=512) for name in ("sft", "rl"))
+    small = (
+        "problems.limit=2",
+        "num_samples=2",
+        "pass_k=[1,2]",
+        "max_k=4",
+        "temperatures=[0.2,1]",
+        "cpus_per_worker=0.25",
+    )
+    command = readme(
+        "diffrl analyze",
+        *(*small, f"math.path={shared_file('data/gsm8k/test.jsonl')}", "math.limit=1", f"out={tmp_path}/out"),
+        **{"runs/quickstart/sft/model": str(before), "runs/quickstart/rl/model": str(after)},
+    )
+    stdout = succeeds(command, RAY_ADDRESS=ray_cluster.address)
+    assert re.search(r"^not seen   RL lowers AR-ness: sft -> rl, global@1 \+0\.000 \[95% ", stdout, re.MULTILINE), (
+        stdout
+    )
+    assert re.search(r"^not seen   RL lowers the loss of accuracy at half the steps: sft -> rl, ", stdout, re.MULTILINE)
+    assert {f"{name}.svg" for name in ("steps", "pass_at_k", "math")} <= {
+        file.name for file in (tmp_path / "out").iterdir()
+    }
 
 
 def test_the_board_of_a_run_is_served(tmp_path: Path):

@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffrl.analysis import global_ar_ness, local_ar_ness, paired_bootstrap, pass_at_k, reveal_order
+from diffrl.analysis import (
+    estimate,
+    global_ar_ness,
+    independent_bootstrap,
+    local_ar_ness,
+    paired_bootstrap,
+    pass_at_k,
+    reveal_order,
+)
 
 
 @pytest.mark.parametrize(("correct", "samples"), [(0, 5), (1, 5), (3, 5), (5, 5), (2, 7)])
@@ -91,3 +99,36 @@ def test_ar_ness_refuses_nonsense():
         local_ar_ness([0, 1], 0)
     with pytest.raises(ValueError, match="twice"):
         global_ar_ness([0, 0], 1)
+
+
+def test_a_step_of_several_tokens_counts_as_so_many_steps_the_most_confident_first():
+    """Two tokens a step: 1 and 0, then 2 and 3. Without confidence they would be from left to right."""
+    steps, confidence = [0, 0, 1, 1], [0.4, 0.9, 0.8, 0.3]
+    order = reveal_order(steps, confidence)
+    assert order == [1, 0, 2, 3]
+    assert local_ar_ness(order, 1) == 1 / 3 and global_ar_ness(order, 1) == 3 / 4
+    assert local_ar_ness(reveal_order(steps), 1) == 1.0
+    assert reveal_order(steps, [0.5, 0.5, 0.5, 0.5]) == [0, 1, 2, 3], "equally confident: the left one first"
+    assert reveal_order([0, 1, 2, 3], confidence) == [0, 1, 2, 3], "with one token a step confidence does not matter"
+
+
+def test_independent_bootstrap_does_not_pair():
+    """The same spread in both: paired it cancels, here it does not."""
+    rng = np.random.default_rng(0)
+    before = rng.random(200)
+    paired = paired_bootstrap(before, before + 0.1, seed=0)
+    gain, low, high = independent_bootstrap(before, before + 0.1, seed=0)
+    error = before.std() * np.sqrt(2 / 200)
+    assert gain == pytest.approx(0.1) and paired[1] == pytest.approx(paired[2])
+    assert low == pytest.approx(0.1 - 1.96 * error, abs=0.15 * error)
+    assert high == pytest.approx(0.1 + 1.96 * error, abs=0.15 * error)
+    assert independent_bootstrap([0.0], [1.0, 1.0], seed=0) == (1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="at least one score in both"):
+        independent_bootstrap([], [1.0], seed=0)
+
+
+def test_estimate_leaves_out_what_has_no_value():
+    found = estimate([0.2, float("nan"), 0.4])
+    assert found is not None and found.mean == pytest.approx(0.3) and found.count == 2
+    assert 0.2 <= found.low < 0.3 < found.high <= 0.4
+    assert estimate([float("nan")]) is None and estimate([]) is None

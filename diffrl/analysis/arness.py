@@ -1,62 +1,21 @@
-"""Numbers about finished rollouts: pass@k, gains with an interval, and how left-to-right a decoding order is.
+"""How left-to-right a decoding order is: AR-ness (arXiv 2506.20639, section 4.1).
 
 An order is the sequence of positions as they were revealed, one per step: order[t] is the position of step t.
+
+PARALLEL DECODING. Where a step reveals several tokens, the paper's definition does not apply. Here such a step counts as that
+many steps, of one token each: the most confident token first, by the probability that the model gave it when it was revealed, and
+of equally probable ones the left one first. So every token counts once, whatever the number of steps; with one token a step it is
+the paper's own definition; and completions of equal length can be compared over numbers of steps. The order inside a step is a
+reading of ours, since the model saw none of its tokens when it chose the others: at half the steps every second transition is of
+that kind. A confidence in float16, as stored rollouts have it, makes ties, which count in favour of left to right.
 """
 
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
-from math import comb
 
 import numpy as np
 import numpy.typing as npt
-
-_RESAMPLES_AT_ONCE = 1000  # bounds the memory of the bootstrap to 1000 rows of indices
-
-
-def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
-    """Unbiased estimate of the chance that at least one of k samples is correct: 1 - C(n - c, k) / C(n, k).
-
-    Chen et al. 2021, arXiv 2107.03374, eq. 1; exact integers here, so no product is needed. One problem;
-    average over problems. Raises ValueError unless 0 <= num_correct <= num_samples and 1 <= k <= num_samples.
-    """
-    if not 0 <= num_correct <= num_samples:
-        raise ValueError(f"num_correct is {num_correct}: must be between 0 and num_samples ({num_samples})")
-    if not 1 <= k <= num_samples:
-        raise ValueError(f"k is {k}: must be between 1 and num_samples ({num_samples}); draw more samples")
-    return 1.0 - comb(num_samples - num_correct, k) / comb(num_samples, k)
-
-
-def paired_bootstrap(
-    before: npt.ArrayLike,
-    after: npt.ArrayLike,
-    *,
-    seed: int,
-    num_resamples: int = 10_000,
-    confidence: float = 0.95,
-) -> tuple[float, float, float]:
-    """(gain, low, high): mean of after - before, and its percentile interval when PROBLEMS are drawn anew.
-
-    `before` and `after` hold one score per problem in the same order (such as pass@1), so the difference
-    between problems cancels. The interval covers the choice of problems, not the sampling seeds nor the
-    training run.
-    """
-    before_N, after_N = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
-    if before_N.ndim != 1 or before_N.shape != after_N.shape or before_N.size == 0:
-        raise ValueError(
-            f"before, after: shapes {before_N.shape} and {after_N.shape}: give one score per problem in both"
-        )
-    if num_resamples < 1:
-        raise ValueError(f"num_resamples is {num_resamples}: must be at least 1")
-    gain_N = after_N - before_N
-    rng = np.random.default_rng(seed)
-    means: list[np.ndarray] = []
-    for start in range(0, num_resamples, _RESAMPLES_AT_ONCE):
-        rows = min(_RESAMPLES_AT_ONCE, num_resamples - start)
-        means.append(gain_N[rng.integers(gain_N.size, size=(rows, gain_N.size))].mean(axis=1))
-    tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(np.concatenate(means), [tail, 1.0 - tail])
-    return float(gain_N.mean()), float(low), float(high)
 
 
 def reveal_order(step_map: npt.ArrayLike, confidence: npt.ArrayLike | None = None) -> list[int]:
