@@ -9,7 +9,7 @@ import json
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -189,29 +189,51 @@ def evaluate_benchmark(options: EvalOptions, sampling: SampleOptions, judge: Bac
         raise ConfigError("--tokens: not given; say how many tokens a completion has, such as --tokens 256")
     ks = options.checked_ks(sampling.algorithm)
     for temperature in options.temperatures:
-        params = replace(sampling, temperature=temperature).params(sampling.tokens)
+        replace(sampling, temperature=temperature).params(sampling.tokens)
     folder = check_folder(sampling.model)
     try:
         read = benchmark_tasks(options.benchmark, options.data, limit=options.limit)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    explain_steps(params, sampling.tokens)
+    explain_steps(sampling.params(sampling.tokens), sampling.tokens)
     asks = asks_of(read.tasks, options, sampling, open_tokenizer(folder), context_length(folder))
     out = Path(options.out)
-    settings = open_folder(out, settings_of(options, sampling, folder, out))
-    journal = Journal(out / "journal.jsonl")
+    settings = open_folder(out, settings_of(options, sampling, read.tasks, out))
+    grader, judge_name = sample_and_judge(folder, asks, read.tasks, options, sampling, judge)
+    samples = [judged_sample(ask, grader) for ask in asks]
+    run = {"max_tokens_per_batch": options.max_tokens_per_batch, "workers": options.workers, "judge": judge_name}
+    results = {
+        "benchmark": options.benchmark,
+        "settings": settings,
+        "run": run,
+        "num_rows_left_out": read.num_left_out,
+        "scores": scores_of(samples, ks, seed=sampling.seed, num_base_tests=read.tasks[0].num_base_tests),
+    }
+    write_results(out, samples, results)
+    tell(out, read, results)
+
+
+def sample_and_judge(
+    folder: Path,
+    asks: Sequence[SampleAsk],
+    tasks: Sequence[Task],
+    options: EvalOptions,
+    sampling: SampleOptions,
+    judge: BackendOptions,
+) -> "tuple[Grader, str | None]":
+    """Whatever the journal does not have yet; programs are judged while others are sampled."""
+    journal = Journal(Path(options.out) / "journal.jsonl")
     with ExitStack() as stack:
         pool = None
-        if any(task.answer is None for task in read.tasks):
+        if any(task.answer is None for task in tasks):
             try:
                 judge = stack.enter_context(pods_for(judge))
                 pool = stack.enter_context(open_sandbox(judge))
             except SandboxError as error:
                 raise ConfigError(f"sandbox: {error}") from error
-        grader = Grader(read.tasks, cast(Style, options.style), pool, journal)
-        # Its threads end before the sandbox does.
+        grader = Grader(tasks, cast(Style, options.style), pool, journal)
         threads = stack.enter_context(ThreadPoolExecutor(pool.slots if pool else 1))
-        stack.callback(threads.shutdown, cancel_futures=True)
+        stack.callback(threads.shutdown, cancel_futures=True)  # what waits is not judged when sampling fails
         futures = [threads.submit(grader.grade, key) for key in journal.unjudged()]
         pending = [ask for ask in asks if ask.key not in journal.texts]
         for part, texts in sampled(folder, pending, sampling, options):
@@ -219,22 +241,9 @@ def evaluate_benchmark(options: EvalOptions, sampling: SampleOptions, judge: Bac
             journal.append({"key": a.key, "seed": a.seed, "text": t, "num_tokens": n} for a, (t, n) in entries)
             futures += [threads.submit(grader.grade, ask.key) for ask in part]
             print(f"{len(journal.texts)} of {len(asks)} sampled", file=sys.stderr, flush=True)
-        finish(futures)
-    samples = [judged_sample(ask, journal, grader) for ask in asks]
-    num_base_tests = read.tasks[0].num_base_tests
-    results = {
-        "benchmark": options.benchmark,
-        "settings": settings,
-        "run": {
-            "max_tokens_per_batch": options.max_tokens_per_batch,
-            "workers": options.workers,
-            "judge": pool.name if pool else None,
-        },
-        "num_rows_left_out": read.num_left_out,
-        "scores": scores_of(samples, ks, seed=sampling.seed, num_base_tests=num_base_tests),
-    }
-    write_results(out, samples, results)
-    tell(out, read, results)
+        for future in futures:
+            future.result()
+    return grader, pool.name if pool else None
 
 
 def tell(out: Path, read: TaskFile, results: Mapping[str, Any]) -> None:
@@ -286,28 +295,22 @@ def asks_of(
 # The folder.
 
 
-def settings_of(options: EvalOptions, sampling: SampleOptions, folder: Path, out: Path) -> dict[str, Any]:
+def settings_of(options: EvalOptions, sampling: SampleOptions, tasks: Sequence[Task], out: Path) -> dict[str, Any]:
     """What the samples and verdicts depend on, in the words of the command line."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out: {out} is a file; name a folder")
     out.mkdir(parents=True, exist_ok=True)
-    hashes = FileHashes(out / "hashes.json")
-    weights = model_files(folder, hashes)
-    files = {"data": hashes.of(Path(options.data)), "model": digest(json.dumps(weights))}
+    hashes, folder = FileHashes(out / "hashes.json"), Path(sampling.model)
+    weights = digest(json.dumps(model_files(folder, hashes)))
     hashes.save()
-    return {
-        "data": f"{Path(options.data).name} sha256 {files['data'][:16]}",
-        "model": f"{folder.resolve().name} sha256 {files['model'][:16]}",
+    sampled_by = {name.replace("_", "-"): value for name, value in asdict(sampling).items()}
+    return sampled_by | {
+        "data": f"{Path(options.data).name}, {len(tasks)} problems, sha256 {digest(repr(tasks))[:16]}",
+        "model": f"{folder.resolve().name}, sha256 {weights[:16]}",
         "prompt": options.style,
         "post-processing": POST_PROCESSING,
-        **{
-            name.replace("_", "-"): value
-            for name, value in asdict(sampling).items()
-            if name not in ("model", "temperature")
-        },
         "temperature": list(options.temperatures),
         "samples": options.num_samples,
-        "limit": options.limit,
         "judge limits": f"{LIMITS.cpu_s:g} CPU s, {LIMITS.wall_s:g} s, {LIMITS.memory_mb} MB a test",
     }
 
@@ -434,14 +437,9 @@ class Grader:
         }
 
 
-def finish(futures: Sequence[Future[None]]) -> None:
-    for future in futures:
-        future.result()
-
-
-def judged_sample(ask: SampleAsk, journal: Journal, grader: Grader) -> JudgedSample:
+def judged_sample(ask: SampleAsk, grader: Grader) -> JudgedSample:
     temperature, name, index = ask.key
-    text, verdict = journal.texts[ask.key], journal.verdicts[ask.key]
+    text, verdict = grader.journal.texts[ask.key], grader.journal.verdicts[ask.key]
     return JudgedSample(
         temperature=temperature,
         problem_id=name,

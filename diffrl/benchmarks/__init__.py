@@ -18,7 +18,7 @@ from diffrl.benchmarks.livecodebench import livecodebench_task
 from diffrl.benchmarks.originals import humaneval_task, mbpp_task
 from diffrl.benchmarks.programs import canonical_code, completion_to_code
 from diffrl.benchmarks.task import RowToTask, Style, Task
-from diffrl.data.row_files import RowError, read_rows
+from diffrl.data.row_files import RowError, hub_rows, is_hub_name, read_rows
 from diffrl.errors import one_of
 
 __all__ = [
@@ -54,15 +54,15 @@ class TaskFile:
     num_left_out: int  # rows that are not of the benchmark, such as MBPP's training split
 
 
-def benchmark_tasks(benchmark: str, path: str | Path, *, limit: int | None = None) -> TaskFile:
-    """The first `limit` tasks of a benchmark's own file (None: all), in its order. Raises ValueError, one line, for an unknown
-    benchmark, an unreadable file, and a row that lacks a field."""
+def benchmark_tasks(benchmark: str, data: str | Path, *, limit: int | None = None) -> TaskFile:
+    """The first `limit` tasks of a benchmark (None: all), in the order of its own file, or of the split `test` of a data set on
+    the hub. Raises ValueError, one line, for an unknown benchmark, data that cannot be read, and a row that lacks a field."""
     one_of("benchmark", benchmark, dict.fromkeys((*BENCHMARKS, INFILLING)))
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: give 1 or more, or leave it out for the whole file")
-    tasks: list[Task] = []
+    path, tasks = str(data), list[Task]()
     num_left_out = 0
-    for place, row in read_rows(Path(path)):
+    for place, row in hub_rows(path, "test") if is_hub_name(path) else read_rows(Path(path)):
         try:
             task = BENCHMARKS[benchmark](row)
         except RowError as error:
@@ -75,7 +75,7 @@ def benchmark_tasks(benchmark: str, path: str | Path, *, limit: int | None = Non
     if not tasks:
         raise ValueError(f"{path} has no problem of {benchmark}: give the benchmark's own file")
     if benchmark == "gsm8k":
-        tasks = with_examples(tasks, Path(path))
+        tasks = with_examples(tasks, path)
     names = [task.problem.id for task in tasks]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

@@ -1,7 +1,7 @@
 """GSM8K (arXiv 2110.14168), 8-shot: the last number of the answer must be the right one, to the digit.
 
-The eight worked examples are the first rows of the benchmark's own train.jsonl, which lies beside the file of problems; the
-calculator's marks (<<16-3=13>>) are left out of them.
+The eight worked examples are the first rows of the benchmark's own training split: train.jsonl beside the file of problems, or
+the hub's. The calculator's marks (<<16-3=13>>) are left out of them.
 """
 
 import re
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from diffrl.benchmarks.post_processing import last_number
 from diffrl.benchmarks.task import Task
-from diffrl.data.row_files import Row, RowError, read_rows, text_of
+from diffrl.data.row_files import Row, RowError, hub_rows, is_hub_name, read_rows, text_of
 from diffrl.types import Problem
 
 NUM_EXAMPLES = 8
@@ -39,15 +39,16 @@ def gsm8k_task(row: Row) -> Task:
     return Task(problem=problem, prefix=question, stops=STOPS, answer=right)
 
 
-def with_examples(tasks: Sequence[Task], path: Path) -> list[Task]:
+def with_examples(tasks: Sequence[Task], data: str) -> list[Task]:
     """Every question behind the examples. Raises ValueError where they are not to be had."""
-    train = path.with_name("train.jsonl")
-    if not train.is_file():
+    train = Path(data).with_name("train.jsonl")
+    if not is_hub_name(data) and not train.is_file():
         raise ValueError(
             f"{train} is missing: GSM8K is asked with {NUM_EXAMPLES} examples of it; put it beside the problems"
         )
+    rows = hub_rows(data, "train") if is_hub_name(data) else read_rows(train)
     try:
-        shown = [gsm8k_task(row).problem for _, row in islice(read_rows(train), NUM_EXAMPLES)]
+        shown = [gsm8k_task(row).problem for _, row in islice(rows, NUM_EXAMPLES)]
     except RowError as error:
         raise ValueError(f"{train} (format gsm8k): {error}") from None
     examples = "".join(f"{problem.prompt} {problem.solution}\n\n" for problem in shown)

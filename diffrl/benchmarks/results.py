@@ -147,7 +147,7 @@ def report_text(results: Mapping[str, Any]) -> str:
         "",
         "Batch invariance: what is sampled depends on the model, the prompt, the sampling settings and the seed, not on",
         f"--max-tokens-per-batch ({run['max_tokens_per_batch']} here) nor on --workers ({run['workers']} here): on a CPU to the",
-        "last bit; on a GPU a matrix product of another shape may round near-ties the other way. Evaluations that sampled the same",
+        "last bit; on a GPU a product of another shape may round near-ties the other way. Evaluations that sampled the same",
         "texts have the same digests:",
         "",
         *digests,

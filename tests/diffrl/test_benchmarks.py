@@ -215,6 +215,21 @@ def test_gsm8k_is_asked_with_eight_examples(tmp_path):
         assert task.program(text, "completion") == task.program(text, "chat") == number
 
 
+def test_rows_of_the_hub(monkeypatch):
+    """Its client is not asked here: what it would be asked for, and what becomes of its rows."""
+    asked = []
+
+    def load_dataset(path, configuration, *, split):
+        asked.append((path, configuration, split))
+        return [MATH] * 9
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    tasks = benchmark_tasks("gsm8k", "openai/gsm8k:main", limit=2).tasks
+    assert asked == [("openai/gsm8k", "main", "test"), ("openai/gsm8k", "main", "train")]
+    assert [task.problem.id for task in tasks] == ["gsm8k/0", "gsm8k/1"]
+    assert tasks[0].prefix is not None and tasks[0].prefix.count("What is 2 + 3?") == 9
+
+
 def test_bad_benchmarks_and_rows_are_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"benchmark: 'humanevil' is unknown, did you mean 'humaneval'.; known: .*mbpp_plus"
