@@ -1,4 +1,4 @@
-"""What `diffrl eval` and `diffrl generate` do: no Ray, one process."""
+"""What `diffrl generate` does, and `diffrl eval` with solutions and with holes: no Ray, one process."""
 
 import json
 import sys
