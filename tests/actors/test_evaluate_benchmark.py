@@ -18,8 +18,11 @@ import torch
 
 from actors import evaluate_benchmark as module
 from actors.evaluate_benchmark import Journal
+from diffrl.benchmarks import benchmark_tasks
 from diffrl.models.folders import save_model
 from diffrl.models.tiny import tiny_model
+from diffrl.prompts import chat_ids
+from diffrl.sampler.engine import aligned
 from sandbox.types import SandboxError
 from tests.actors.conftest import Called, one_line
 from tests.conftest import RayCluster
@@ -49,10 +52,10 @@ def constant_folder(path: Path, word: str | None) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.fill_(1.0 if "norm" in name else 0.0)
-        if word is not None:  # what is seen at a hidden position points to itself, which is banned, and to the word
-            embedding = model.backbone.model.embed_tokens.weight
-            embedding[tokenizer.mask_token_id] = 1.0
-            embedding[tokenizer.convert_tokens_to_ids(word)] = 0.5
+        # Every token looks alike, and one of them is twice as near to all as the others.
+        embedding = model.backbone.model.embed_tokens.weight
+        embedding.fill_(0.25)
+        embedding[tokenizer.pad_token_id if word is None else tokenizer.convert_tokens_to_ids(word)] = 0.5
     save_model(model, path)
     tokenizer.save_pretrained(path)
     return path
@@ -120,8 +123,9 @@ def test_what_is_sampled_together_changes_nothing(
     """Batches of 1, 3 and 8 rows, and two workers; prompts of several lengths, greedy and not."""
     model = tiny_folder(tmp_path / "model", max_positions=1024)
     data = gsm8k_file(tmp_path, *(str(10**n) for n in range(10)))
-    width = 1024  # no prompt is wider
-    monkeypatch.setattr(module, "PART", 4)  # so that two workers have parts in turns
+    tasks, tokenizer = benchmark_tasks("gsm8k", data).tasks, tiny_tokenizer()
+    width = aligned(max(len(chat_ids(tokenizer, task.problem)) for task in tasks) + 4)
+    monkeypatch.setattr(module, "PART", 8)  # so that two workers have parts in turns
     found = {}
     for name, options in {
         "one": ("--max-tokens-per-batch", "1"),
