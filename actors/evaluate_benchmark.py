@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -182,6 +182,9 @@ class Journal:
                 self.take(entry)
             self.file.flush()
 
+    def close(self) -> None:
+        self.file.close()
+
 
 def evaluate_benchmark(options: EvalOptions, sampling: SampleOptions, judge: BackendOptions) -> None:
     """Sample, judge, and print the table; the last line names the folder. Raises ConfigError before anything is started."""
@@ -222,8 +225,8 @@ def sample_and_judge(
     judge: BackendOptions,
 ) -> "tuple[Grader, str | None]":
     """Whatever the journal does not have yet; programs are judged while others are sampled."""
-    journal = Journal(Path(options.out) / "journal.jsonl")
     with ExitStack() as stack:
+        journal = stack.enter_context(closing(Journal(Path(options.out) / "journal.jsonl")))
         pool = None
         if any(task.answer is None for task in tasks):
             try:

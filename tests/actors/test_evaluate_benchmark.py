@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -175,11 +176,11 @@ def test_a_line_that_was_cut_off_is_written_again(tmp_path: Path):
     path = tmp_path / "journal.jsonl"
     first = {"key": [0.0, "a", 0], "text": "é", "num_tokens": 1, "seed": 3}
     path.write_bytes(json.dumps(first).encode() + b'\n{"key": [0.0, "a", 1], "te')
-    journal = Journal(path)
-    assert journal.unjudged() == [(0.0, "a", 0)]
-    journal.append([{"key": [0.0, "a", 0], "statuses": None}, {"key": [0.0, "b", 0], "statuses": ["passed"]}])
-    again = Journal(path)
-    assert again.unjudged() == [(0.0, "a", 0)] and again.texts == {(0.0, "a", 0): first}
+    with closing(Journal(path)) as journal:
+        assert journal.unjudged() == [(0.0, "a", 0)]
+        journal.append([{"key": [0.0, "a", 0], "statuses": None}, {"key": [0.0, "b", 0], "statuses": ["passed"]}])
+    with closing(Journal(path)) as again:
+        assert again.unjudged() == [(0.0, "a", 0)] and again.texts == {(0.0, "a", 0): first}
     assert len(path.read_text().splitlines()) == 3
 
 
