@@ -18,6 +18,7 @@ from typing import Any, cast, get_args
 import pyarrow.parquet as pq
 import ray
 import torch
+from ray.exceptions import RayActorError
 from transformers import PreTrainedTokenizerFast
 
 from actors.commands import (
@@ -128,7 +129,6 @@ class SampleWorker:
         self.tokenizer = open_tokenizer(folder)
         self.engine = open_engine(folder, self.tokenizer, sampling.params(self.num_tokens), max_tokens=max_tokens)
 
-    @ray.method
     def fill(self, asks: Sequence[SampleAsk]) -> list[tuple[str, int]]:
         """(text, number of tokens) of each; all of one temperature."""
         old, sampling = self.engine, replace(self.sampling, temperature=asks[0].key[0])
@@ -389,7 +389,7 @@ def dealt(workers: Sequence[Any], parts: Sequence[Sequence[SampleAsk]]) -> Itera
                 following = waiting.pop(0)
                 busy[worker.fill.remote(following)] = worker, following
             yield part, cast(list[tuple[str, int]], ray.get(done))
-    except ray.exceptions.RayActorError as error:
+    except RayActorError as error:
         raise RunStoppedError(
             f"a sampling worker died ({str(error).splitlines()[0]}); run again, it goes on"
         ) from error
@@ -403,7 +403,8 @@ class Grader:
 
     def __init__(self, tasks: Sequence[Task], style: Style, pool: Pool | None, journal: Journal):
         self.tasks = {task.problem.id: task for task in tasks}
-        self.style, self.pool, self.journal = style, pool, journal
+        self.style: Style = style
+        self.pool, self.journal = pool, journal
 
     def code(self, key: Key) -> str:
         return self.tasks[key[1]].program(self.journal.texts[key]["text"], self.style)
@@ -425,12 +426,14 @@ class Grader:
         assert self.pool is not None
         temperature, name, index = key
         made = submission(task.problem, code, f"{name}/{temperature:g}/{index}", LIMITS)
-        for attempt in range(EVALUATION_ATTEMPTS):
+        attempts = EVALUATION_ATTEMPTS
+        while True:
             try:
                 verdict = self.pool.judge(made)
                 break
             except SandboxError as error:
-                if attempt == EVALUATION_ATTEMPTS - 1:
+                attempts -= 1
+                if not attempts:
                     return {"statuses": None, "detail": str(error)}
         return {
             "statuses": [str(status) for status in verdict.statuses],
