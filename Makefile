@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv system engine kustomize browser axe prometheus ray-screenshot quickstart quickstart-seeds screenshots bench-board bench-control-plane bench-judge bench-learner bench-sampler bench-sampler-frontier bench-sampler-gpu bench-staleness study-estimators study-curation study-staleness bench-supervised bench-telemetry lint test test-gpu test-slow clean
+.PHONY: venv system engine kustomize browser axe prometheus ray-screenshot quickstart quickstart-seeds screenshots bench-board bench-control-plane bench-evalplus-agreement bench-judge bench-learner bench-sampler bench-sampler-frontier bench-sampler-gpu bench-staleness study-estimators study-curation study-staleness bench-supervised bench-telemetry lint test test-gpu test-slow clean
 
 venv: $(STAMP)
 
@@ -74,6 +74,12 @@ bench-board: venv
 
 bench-control-plane: venv system  # after make quickstart
 	$(BIN)/python -m tests.benchmarks.control_plane runs/quickstart/rl
+
+bench-evalplus-agreement: venv system  # its own environment: EvalPlus is needed for nothing else
+	python3 -m venv .venv-evalplus
+	.venv-evalplus/bin/pip install -q --no-deps evalplus==0.3.1
+	.venv-evalplus/bin/pip install -q numpy psutil appdirs tempdir wget tqdm multipledispatch
+	EVALPLUS_PYTHON=.venv-evalplus/bin/python $(BIN)/python -m tests.benchmarks.evalplus_agreement
 
 bench-judge: venv system
 	$(BIN)/python -m tests.benchmarks.judge

@@ -316,20 +316,39 @@ def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command(name="eval")
 def evaluate(
-    benchmark: Annotated[str, typer.Option(help="humaneval or humaneval_infilling")],
+    benchmark: Annotated[
+        str,
+        typer.Option(
+            help="humaneval, humaneval_plus, mbpp, mbpp_plus, bigcodebench_complete, bigcodebench_instruct, livecodebench, "
+            "gsm8k or humaneval_infilling"
+        ),
+    ],
     data: Annotated[str, typer.Option(help="the benchmark's own file")],
     solutions: Annotated[
         str | None, typer.Option(help="canonical: judge the data set's own solutions (the default)")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="of humaneval_infilling: the folder that fills the holes")] = None,
-    tokens: Annotated[int | None, typer.Option(help="with --model: tokens of a hole; fewer may be text")] = None,
+    model: Annotated[str | None, typer.Option(help="the folder of a model: evaluate it")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="with --model: folder for the results; go on there if it began")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="chat (its template), or completion for base models")] = "chat",
+    samples: Annotated[int, typer.Option(help="of each problem, above temperature 0")] = 1,
+    k: Annotated[list[int] | None, typer.Option(help="of pass@k; may be given often; else 1 and --samples")] = None,
+    tokens: Annotated[int | None, typer.Option(help="with --model: of a completion or hole; fewer may be text")] = None,
     steps: Steps = None,
-    temperature: Temperature = 0.0,
+    temperature: Annotated[
+        list[float] | None, typer.Option(help="0: the most probable token (the default); given often: a sweep")
+    ] = None,
     top_p: TopP = 0.95,
     top_k: TopK = 50,
     algorithm: AlgorithmName = "entropy",
     seed: int = 0,
     limit: Annotated[int | None, typer.Option(help="only the first rows of the file")] = None,
+    max_tokens_per_batch: Annotated[int, typer.Option(help="rows x width of a forward pass")] = 16_384,
+    workers: Annotated[int, typer.Option(help="Ray actors that share the sampling; 0: this process")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads of each")] = 1,
+    gpus_per_worker: Annotated[float, typer.Option(help="of Ray actors", min=0.0)] = 0.0,
+    slots: Annotated[int, typer.Option(help="programs judged at the same time", min=1)] = 2,
     backend: Backend = "auto",
     image: Image = DEFAULT_IMAGE,
     address: Address = None,
@@ -337,25 +356,52 @@ def evaluate(
     allow_unisolated: AllowUnisolated = False,
 ) -> None:
     """Judge a benchmark's own solutions, or what a model makes of it, in the sandbox."""
-    from actors.commands import SampleOptions, judge_model, judge_solutions
+    from actors.commands import SampleOptions, fill_holes, judge_solutions
+    from diffrl.benchmarks import INFILLING
 
-    options = backend_options(backend, image, address, token_file, allow_unisolated, slots=2)
+    judges = backend_options(backend, image, address, token_file, allow_unisolated, slots=slots)
     if model is None:
-        judge_solutions(benchmark, data, solutions or "canonical", options, limit)
+        if out is not None:
+            raise ConfigError(f"--out: {out!r} given without --model; only a model's results are kept")
+        judge_solutions(benchmark, data, solutions or "canonical", judges, limit)
         return
     if solutions is not None:
         raise ConfigError(f"--solutions: {solutions!r} given with --model; give one of them")
+    temperatures = tuple(temperature or (0.0,))
     sampling = SampleOptions(
         model=model,
         tokens=tokens,
         steps=steps,
-        temperature=temperature,
+        temperature=temperatures[0],
         top_p=top_p,
         top_k=top_k,
         algorithm=algorithm,
         seed=seed,
     )
-    judge_model(benchmark, data, sampling, options, limit)
+    if benchmark == INFILLING:
+        if out is not None or samples > 1 or k or len(temperatures) > 1:
+            raise ConfigError(f"--out, --samples, --k, several --temperature: not for {INFILLING}, which prints pass@1")
+        fill_holes(data, sampling, judges, limit)
+        return
+    if out is None:
+        raise ConfigError("--out: not given; name a folder for samples, verdicts and results, such as runs/eval/first")
+    from actors.evaluate_benchmark import EvalOptions, evaluate_benchmark
+
+    options = EvalOptions(
+        benchmark=benchmark,
+        data=data,
+        out=out,
+        style=prompt,
+        temperatures=temperatures,
+        num_samples=samples,
+        ks=tuple(k or ()),
+        limit=limit,
+        max_tokens_per_batch=max_tokens_per_batch,
+        workers=workers,
+        threads=threads,
+        gpus_per_worker=gpus_per_worker,
+    )
+    evaluate_benchmark(options, sampling, judges)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What `diffrl eval` and `diffrl generate` do: no Ray, one process."""
+"""What `diffrl generate` does, and `diffrl eval` with solutions and with holes: no Ray, one process."""
 
 import sys
 import time
@@ -15,7 +15,7 @@ from rich.live import Live
 from transformers import PreTrainedTokenizerFast
 
 from actors.reward import submission
-from diffrl.benchmarks import INFILLING, InfillingTask, benchmark_problems, canonical_code, infilling_tasks
+from diffrl.benchmarks import INFILLING, InfillingTask, benchmark_tasks, canonical_code, infilling_tasks
 from diffrl.causal_sampler import CausalEngine, engine_for
 from diffrl.config import ModelConfig
 from diffrl.errors import ConfigError
@@ -32,7 +32,7 @@ from diffrl.types import Problem
 from sandbox.backends import BackendOptions, open_sandbox, pods_for
 from sandbox.types import Limits, SandboxError, TestStatus, Verdict
 
-LIMITS = Limits(cpu_s=10.0, wall_s=60.0, memory_mb=1024)
+LIMITS = Limits(cpu_s=10.0, wall_s=300.0, memory_mb=1024)  # of a test
 DEFAULT_TOKENS = 34  # the quickstart's window
 MAX_TOKENS = 1 << 13  # positions of a forward pass of an evaluation
 
@@ -83,7 +83,12 @@ def judge_solutions(benchmark: str, path: str, solutions: str, options: BackendO
             tasks = infilling_tasks(path, limit=limit)
             problems, codes = [task.problem for task in tasks], [task.program(task.middle) for task in tasks]
         else:
-            problems = benchmark_problems(benchmark, path, limit=limit)
+            found = benchmark_tasks(benchmark, path, limit=limit).tasks
+            if found[0].answer is not None:  # no programs
+                passed = sum(task.program(task.problem.solution or "", "chat") == task.answer for task in found)
+                print(f"{benchmark}: {passed} of {len(found)} {solutions} solutions pass")
+                return
+            problems = [task.problem for task in found]
             codes = [canonical_code(problem) for problem in problems]
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -91,10 +96,8 @@ def judge_solutions(benchmark: str, path: str, solutions: str, options: BackendO
     print(f"{benchmark}: {passed} of {len(problems)} {solutions} solutions pass")
 
 
-def judge_model(benchmark: str, path: str, sampling: SampleOptions, options: BackendOptions, limit: int | None) -> None:
-    """Have a model fill the holes of a benchmark, and judge the programs; the last line is pass@1."""
-    if benchmark != INFILLING:
-        raise ConfigError(f"--model: {benchmark} is not sampled here, only {INFILLING} is; use --solutions canonical")
+def fill_holes(path: str, sampling: SampleOptions, options: BackendOptions, limit: int | None) -> None:
+    """Have a model fill the holes of HumanEval-Infilling, and judge the programs; the last line is pass@1."""
     if sampling.tokens is None:
         raise ConfigError("--tokens: not given; say how many tokens a hole has, such as --tokens 32")
     params = sampling.params(sampling.tokens)
@@ -119,7 +122,7 @@ def judge_model(benchmark: str, path: str, sampling: SampleOptions, options: Bac
         return [task.program(*hole_texts(text, filled, tokenizer)) for task, text, filled in rows]
 
     passed = judge_programs([task.problem for task in tasks], programs, options)
-    print(f"{benchmark}: pass@1 {passed / len(tasks):.1%} ({passed} of {len(tasks)})")
+    print(f"{INFILLING}: pass@1 {passed / len(tasks):.1%} ({passed} of {len(tasks)})")
 
 
 def judge_programs(problems: Sequence[Problem], programs: Callable[[], list[str]], options: BackendOptions) -> int:

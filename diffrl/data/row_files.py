@@ -153,12 +153,14 @@ def is_hub_name(path: str) -> bool:
     )
 
 
-def hub_rows(name: str) -> Iterator[tuple[str, Row]]:
+def hub_rows(name: str, split: str = "train") -> Iterator[tuple[str, Row]]:
+    """Of a data set, or of one of its configurations: openai/gsm8k:main. Raises ValueError for what cannot be loaded."""
     from datasets import load_dataset  # takes seconds to import
     from datasets.exceptions import DatasetsError
 
+    path, _, configuration = name.partition(":")
     try:
-        rows = load_dataset(name, split="train")
+        rows = load_dataset(path, configuration or None, split=split)
     except (OSError, ValueError, DatasetsError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(

@@ -57,6 +57,7 @@ COMMANDS = (
     "diffrl analyze",
     "diffrl eval --benchmark humaneval --data",
     "diffrl eval --benchmark humaneval_infilling",
+    "diffrl eval --benchmark humaneval_plus",
     "diffrl variance",
     "diffrl sweep",
     "diffrl judge --solution",
@@ -395,6 +396,15 @@ def test_humaneval_wrong_solutions_fail(tmp_path: Path):
     assert rows[1]["task_id"] in stdout
 
 
+def test_a_model_is_evaluated(tuned_model: Path, tmp_path: Path):
+    names = {"models/DiffuCoder-7B-cpGRPO": str(tuned_model), "runs/eval": f"{tmp_path}/out"}
+    names["HumanEvalPlus.jsonl.gz"] = str(shared_file("data/humanevalplus/HumanEvalPlus-Mini.jsonl.gz"))
+    command = readme("diffrl eval --benchmark humaneval_plus", "--limit", "2", "--tokens", "8", **names)
+    stdout = succeeds([*command, "--backend", "process"])
+    assert "| 0 | 1 | 0.0 [0.0..0.0] | 0.0 [0.0..0.0] | 0.0% | 0 |" in stdout
+    assert pq.read_table(tmp_path / "out/samples.parquet").num_rows == 2
+
+
 @pytest.mark.docker
 def test_judge_one_program_with_and_without_the_image(container_engine: str):
     """`--backend auto` takes docker as soon as the image is there; the verdicts are the same."""
@@ -545,7 +555,8 @@ def test_what_is_no_model_folder_is_refused(tmp_path: Path, called: Called):
         (["humaneval_infilling", "--model", str(tmp_path), "--tokens", "4"], ["MODEL", "config.json"]),
         (["humaneval_infilling", "--model", str(tmp_path)], ["--tokens"]),
         (["humaneval_infilling", "--model", str(tmp_path), "--tokens", "4", "--steps", "0"], ["--steps: 0"]),
-        (["humaneval", "--model", str(tmp_path), "--tokens", "4"], ["--model", "humaneval_infilling"]),
+        (["humaneval", "--model", str(tmp_path), "--tokens", "4"], ["--out"]),
+        (["humaneval_infilling", "--model", str(tmp_path), "--tokens", "4", "--out", "x"], ["--out", "infilling"]),
         (["humaneval_infilling", "--model", "x", "--solutions", "canonical"], ["--solutions", "--model"]),
         (["humaneval_infilling", "--limit", "0"], ["limit is 0"]),
         (["humaneval_infiling"], ["'humaneval_infiling'", "humaneval_infilling"]),

@@ -1,44 +1,14 @@
-"""Benchmarks: which problems are asked, and how a completion, or a filled span, becomes the program that is judged."""
+"""HumanEval-Infilling: a program with a span cut out."""
 
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from diffrl.data.problems import humaneval_row, load_problems
+from diffrl.data.problems import humaneval_row
 from diffrl.data.row_files import read_rows
-from diffrl.prompts import extract_code
 from diffrl.types import Problem
 
 INFILLING = "humaneval_infilling"
-BENCHMARKS: dict[str, str] = {"humaneval": "humaneval"}  # benchmark -> format of its file
-
-
-def benchmark_problems(benchmark: str, path: str | Path, *, limit: int | None = None) -> list[Problem]:
-    """The problems of a benchmark from its own file; ValueError as in `load_problems`."""
-    if benchmark not in BENCHMARKS:
-        raise ValueError(f"benchmark: {benchmark!r} is not known: choose from {', '.join((*BENCHMARKS, INFILLING))}")
-    return load_problems(BENCHMARKS[benchmark], path, limit=limit)
-
-
-def completion_to_code(problem: Problem, text: str) -> str:
-    """The program to judge: the code that the prompt gives, then the fenced block; "" without a block.
-
-    HumanEval counts the prompt's own code as part of the program, and a completion need not repeat it. A setup
-    that the prompt does not show belongs to the tests alone: it may need the program first, or hold the answer.
-    """
-    code = extract_code(text)
-    given = problem.setup if problem.setup in problem.prompt else ""
-    # a __future__ import is only allowed at the top, and says that the program is a whole one
-    if not code or not given or "from __future__" in code:
-        return code
-    return f"{given}\n\n{code}"
-
-
-def canonical_code(problem: Problem) -> str:
-    """The data set's own solution, a whole program: an evaluation of it measures the judge, not a model."""
-    if problem.solution is None:
-        raise ValueError(f"problem {problem.id} has no solution: leave it out of --solutions canonical")
-    return problem.solution
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
