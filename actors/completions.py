@@ -4,7 +4,7 @@ A sampler is opened with all that can be checked before work starts, without rea
 room for them. What a completion holds depends on (seed, model's name, problem, sample) alone, not on what was done before.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from actors.calls import Done
 from actors.commands import context_length
@@ -75,6 +76,13 @@ def too_long(num_prompt: int, model: CurateModel, context: int) -> str:
     return f"{num_prompt} tokens of prompt and max_tokens {model.max_tokens} are more than the model's {context}"
 
 
+def completed(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], ends: Sequence[int]) -> Completion:
+    """What was sampled, without the end token."""
+    text = tokenizer.decode([i for i in ids if i not in ends], clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return Completion(text=text, num_tokens=len(ids))
+
+
 def chunks(problems: Iterable[Problem], size: int) -> Iterator[list[Problem]]:
     waiting = iter(problems)
     while chunk := list(islice(waiting, size)):
@@ -120,14 +128,9 @@ class TransformersSampler:
                     vocab_size=len(self.tokenizer),
                 )
                 sampled |= dict(zip(places, rows, strict=True))
-            completions = iter(self.completion(sampled[place], ends) for place in range(len(prompts)))
+            completions = iter(completed(self.tokenizer, sampled[place], ends) for place in range(len(prompts)))
             for problem in asked:
                 yield Sampled(problem=problem, completions=tuple(islice(completions, self.model.num_samples)))
-
-    def completion(self, ids: list[int], ends: tuple[int, ...]) -> Completion:
-        text = self.tokenizer.decode([i for i in ids if i not in ends], clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return Completion(text=text, num_tokens=len(ids))
 
     def close(self) -> None:
         """Nothing is held beyond `sample`."""

@@ -39,6 +39,7 @@ from actors.system import cluster
 from diffrl.benchmarks import Style, Task, TaskFile, benchmark_tasks
 from diffrl.benchmarks.post_processing import POST_PROCESSING
 from diffrl.benchmarks.results import JudgedSample, report_text, sample_table, score_table, scores_of
+from diffrl.causal_sampler import engine_for
 from diffrl.config import SupervisionConfig
 from diffrl.errors import ConfigError, RunStoppedError, shown
 from diffrl.files import write_json, write_whole
@@ -46,7 +47,6 @@ from diffrl.fingerprints import FileHashes, digest, model_files
 from diffrl.infilling import check_length
 from diffrl.models.tokens import end_ids, length_with_end
 from diffrl.prompts import chat_ids
-from diffrl.sampler import Engine
 from diffrl.seeds import derive_seed
 from sandbox.backends import BackendOptions, open_sandbox, pods_for
 from sandbox.pool import Pool
@@ -132,18 +132,19 @@ class SampleWorker:
     def fill(self, asks: Sequence[SampleAsk]) -> list[tuple[str, int]]:
         """(text, number of tokens) of each; all of one temperature."""
         old, sampling = self.engine, replace(self.sampling, temperature=asks[0].key[0])
-        engine = Engine(
+        ends = end_ids(self.tokenizer)
+        engine = engine_for(
             old.model,
             sampling.params(self.num_tokens),
             max_tokens=old.max_tokens,
             vocab_size=len(self.tokenizer),
+            end_ids=ends,
             device=old.device,
         )
         for ask in asks:
             prompt_P = torch.tensor(ask.prompt_ids, dtype=torch.int32).numpy()
             [canvas] = canvases_of(prompt_P, self.num_tokens, [ask.seed])
             engine.add(canvas)
-        ends = end_ids(self.tokenizer)
         return [
             (
                 completion_text(row, self.num_tokens, self.tokenizer),

@@ -16,9 +16,10 @@ from actors.commands import (
     check_folder,
     context_length,
     open_tokenizer,
+    policy_of,
 )
 from actors.rollout import rollout_of
-from diffrl.config import ModelConfig, ProblemsConfig
+from diffrl.config import ProblemsConfig
 from diffrl.data.sources import problems_of
 from diffrl.errors import ConfigError, one_of
 from diffrl.estimators import ESTIMATORS
@@ -153,8 +154,11 @@ def progress(text: str) -> None:
 
 def open_model(folder: Path, tokenizer: PreTrainedTokenizerFast) -> PolicyModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = policy_of(folder)
+    if config.family == "causal":
+        raise ConfigError(f"MODEL: {folder} is autoregressive, its log-probs need no estimate; give a diffusion model")
     try:
-        return load_policy(ModelConfig(path=str(folder)), tokenizer, seed=0).eval().to(device)
+        return load_policy(config, tokenizer, seed=0).eval().to(device)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

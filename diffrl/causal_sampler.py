@@ -142,7 +142,7 @@ class CausalEngine:
         device: str | torch.device = "cpu",
     ):
         self.model, self.params, self.max_tokens = model, params, max_tokens
-        self.vocab_size, self.end_ids, self.device = vocab_size, tuple(end_ids), device
+        self.vocab_size, self.end_ids, self.device = vocab_size, tuple(end_ids), torch.device(device)
         self.waiting: list[list[Canvas]] = []  # batches
         self.num_added = self.num_filled = 0
         self.num_passes = self.num_tokens_passed = self.num_useful_tokens = 0

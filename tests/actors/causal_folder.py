@@ -17,11 +17,11 @@ from diffrl.prompts import build_prompt, chat_ids
 from diffrl.types import Problem
 
 
-def causal_folder(path: Path, problems: Sequence[Problem], *, steps: int = 60) -> Path:
+def causal_folder(path: Path, problems: Sequence[Problem], *, steps: int = 60, hidden_size: int = 64) -> Path:
     """Trained on (problem, its solution) until it knows most of them by heart."""
     texts = [f"{build_prompt(problem)}\n{fenced(problem.solution or '')}" for problem in problems]
     tokenizer = train_tokenizer(texts * 3, 400)
-    config = tiny_config(tokenizer, hidden_size=64, num_layers=2, max_positions=160)
+    config = tiny_config(tokenizer, hidden_size=hidden_size, num_layers=2, max_positions=160)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Qwen2ForCausalLM(config)
