@@ -76,7 +76,8 @@ def readme_commands() -> list[str]:
     blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", text)
     commands = [line.partition("  #")[0].strip() for line in lines]
-    ours = "train|sweep|submit|pipeline|data|curate|eval|generate|config|judge|sandbox|doctor|status|board|report|analyze|variance"
+    ours = "train|sweep|submit|pipeline|data|curate|eval|generate|config|judge|sandbox|doctor|status|board|report"
+    ours += "|analyze|variance"
     return [c for c in commands if re.match(rf"(diffrl ({ours})|ray|(\S+/)?python3?) [^A-Z]", c)]
 
 
