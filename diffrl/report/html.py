@@ -15,7 +15,6 @@ UNSEEN = (0x61C, *range(0x200B, 0x2010), *range(0x2028, 0x202F), *range(0x2060, 
 SIGNS = {code: f"⟨U+{code:04X}⟩" for code in UNSEEN}
 
 
-
 class Html(str):
     """Markup, made by `el`, `text` and `join` alone."""
 
