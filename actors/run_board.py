@@ -46,9 +46,16 @@ class RunBoard:
         self.process: subprocess.Popen[str] | None = None
         self.thread = threading.Thread(target=self.listen, daemon=True)
         command = [sys.executable, "-m", MODULE, str(folder.resolve()), str(port)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        try:  # a session of its own: Ctrl-C is for the run
-            self.process = subprocess.Popen(command, text=True, errors="replace", start_new_session=True, **pipes)
+        try:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # Ctrl-C is for the run
+            )
         except OSError as error:
             say(f"board: not served ({error}); the run goes on")
             return

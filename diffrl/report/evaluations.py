@@ -22,14 +22,14 @@ def open_evaluations(folders: Sequence[str]) -> dict[str, Evaluation]:
         file = Path(folder) if folder.endswith(".json") else Path(folder) / RESULTS
         try:
             results = json.loads(file.read_text())
-            rows = [row_of("", results, score) for score in results["scores"]]
+            whole = bool([row_of("", results, score) for score in results["scores"]])
         except OSError as error:
             raise ConfigError(
                 f"--eval: {folder}: no {RESULTS} can be read ({error.strerror}); give the folder of a finished diffrl eval"
             ) from None
         except (ValueError, LookupError, TypeError, AttributeError):
-            rows = []
-        if not rows:
+            results, whole = None, False
+        if not whole:
             raise ConfigError(f"--eval: {file} does not hold what diffrl eval writes; give the folder of one")
         found[folder] = results
     return found

@@ -10,10 +10,9 @@ from html import escape
 from diffrl.trajectory import visible
 
 VOID = ("br", "col", "meta")
-# of direction: with them a program reads as another one than it is
-TURNING = {
-    code: f"⟨U+{code:04X}⟩" for code in (0x61C, *range(0x200E, 0x2010), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-}
+# Without a shape of their own, or of direction: with them a program reads as another one than it is. The board's are the same.
+UNSEEN = (0x61C, *range(0x200B, 0x2010), *range(0x2028, 0x202F), *range(0x2060, 0x206A), 0xFEFF, *range(0xFFF9, 0xFFFD))
+SIGNS = {code: f"⟨U+{code:04X}⟩" for code in UNSEEN}
 
 
 class Html(str):
@@ -27,7 +26,7 @@ Child = Html | str | float | None
 
 def text(value: object) -> Html:
     """As it reads: nothing in it is markup."""
-    return Html(escape(visible(str(value)).translate(TURNING)))
+    return Html(escape(visible(str(value)).translate(SIGNS)))
 
 
 def join(children: Iterable[Child]) -> Html:

@@ -82,7 +82,8 @@ def page_of(runs: Sequence[ReportRun], evaluations: Mapping[str, Evaluation]) ->
     )
     navigation = el("nav", *links, aria_label="Sections")
     header = el("header", el("p", "diffrl report", cls="brand"), el("h1", heading(runs)), navigation)
-    return Html("<!doctype html>\n") + el("html", head, el("body", header, el("main", *bodies)), lang="en")
+    body = el("body", header, el("main", *bodies))
+    return join([Html("<!doctype html>\n"), el("html", head, body, lang="en")])
 
 
 def section(title: str, parts: Sequence[Html]) -> Html:

@@ -109,7 +109,9 @@ def held_out(runs: Sequence[ReportRun]) -> Html | None:
             f"{when} {100 * end[0]:.1f} per cent" for when, end in zip(("before", "after"), ends, strict=True) if end
         )
         cells = [shown_interval(ends[0]), shown_interval(ends[1]), shown_interval(told, signed=True)]
-        rows.append([run.name, run.family, *cells, whisker(*ends, words), shown_interval(against, signed=True)])
+        rows.append(
+            [run.name, run.family, *cells, whisker(ends[0], ends[1], words), shown_interval(against, signed=True)]
+        )
     heads = ["run", "family", "before", "after", "gain, points", "0 to 100%", "against the first, points"]
     if len(reported) == 1:
         heads, rows = heads[:-1], [row[:-1] for row in rows]

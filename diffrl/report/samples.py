@@ -68,7 +68,7 @@ def samples_of(run: ReportRun) -> list[Sample]:
     snapshot, found = run.run.snapshot, []
     columns = snapshot.columns
     steps = snapshot.steps
-    wanted = [] if not len(steps) else [(int(steps[-1]), KINDS)]
+    wanted: list[tuple[int, tuple[str, ...]]] = [] if not len(steps) else [(int(steps[-1]), KINDS)]
     if len(steps) > 1:
         wanted.append((int(steps[0]), ("typical",)))
     for step, kinds in wanted:
@@ -77,9 +77,9 @@ def samples_of(run: ReportRun) -> list[Sample]:
             continue
         chosen = chosen_rows(columns["reward"][rows], columns["length"][rows])
         for kind in (kind for kind in kinds if kind in chosen):
-            row = rows[chosen[kind]]
+            row = int(rows[chosen[kind]])
             try:
-                (read,) = read_rows(snapshot.files[columns["file"][row]], [int(columns["row"][row])], COLUMNS)
+                (read,) = read_rows(snapshot.files[int(columns["file"][row])], [int(columns["row"][row])], COLUMNS)
             except ValueError as error:
                 run.unreadable.append(str(error))
                 continue

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 from actors.driver import Run, train
-from actors.prepare import prepare
 from actors.run_board import RunBoard, check_board
 from actors.telemetry import Telemetry
 from diffrl.config import TelemetryConfig
@@ -121,21 +120,20 @@ def test_it_ends_with_a_run_that_is_killed(folder: Path):
     assert answer(url) is None
 
 
-def test_a_port_that_is_taken_is_refused_before_anything_starts(
-    tuned_model: Path, problems_file: Path, tmp_path: Path, called: Called
-):
+def test_a_port_that_is_taken_is_refused_before_anything_starts(tmp_path: Path, called: Called):
+    """In RL and in a supervised stage."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        config = rl_config(tuned_model, problems_file, tmp_path / "run", telemetry={"board_port": port})
-        with pytest.raises(
-            ConfigError, match=rf"^telemetry\.board_port: {port} cannot be listened on .*0 for a free one"
-        ):
-            prepare(config)
         overrides = (f"run_dir={tmp_path}/run", f"telemetry.board_port={port}")
-        one_line(called("train", "configs/quickstart.yaml", *overrides), [f"telemetry.board_port: {port}"])
+        told = [f"telemetry.board_port: {port} cannot be listened on", "0 for a free one"]
+        for config in ("configs/quickstart.yaml", "configs/quickstart_pretrain.yaml"):
+            one_line(called("train", config, *overrides), told)
+        with pytest.raises(ConfigError, match=r"^telemetry\.board_port: "):
+            check_board(TelemetryConfig(board_port=port))
     assert not (tmp_path / "run").exists()
+    check_board(TelemetryConfig(board_port=port))
     check_board(TelemetryConfig(board_port=0))
     one_line(called("config", "configs/quickstart.yaml", "telemetry.board_port=70000"), ["board_port", "65535"])
 

@@ -75,10 +75,12 @@ export function select(name, value, options) {
   return h("select", { name }, options.map(([key, text]) => h("option", { value: key, selected: key === (value ?? "") }, text)));
 }
 
+export const OFF = { class: "off", role: "link", "aria-disabled": "true" }; // a link that leads nowhere now
+
 export function pager(view, params, page, pages, total, what) {
   const to = (n, text) => n >= 1 && n <= pages
     ? h("a", { href: link(view, { ...params, page: n === 1 ? "" : n }), rel: n < page ? "prev" : "next" }, text)
-    : h("span", { class: "off" }, text);
+    : h("span", OFF, text);
   return h("nav", { class: "pager", "aria-label": "Pages" }, to(page - 1, "← back"),
     h("span", {}, `page ${number(page)} of ${number(pages)} · ${number(total)} ${what}`), to(page + 1, "on →"));
 }

@@ -1,6 +1,6 @@
 // One rollout in full: its denoising replayed, tests, reward, siblings.
 
-import { h, link, number, replace, signed } from "./dom.js";
+import { h, link, number, OFF, replace, signed } from "./dom.js";
 import { scale } from "./charts.js";
 import { viridis, css, ink } from "./colors.js";
 import { flags, rewardBar, rolloutLink, verdict } from "./table.js";
@@ -46,7 +46,7 @@ function page(root, board, params, answer) {
   const { row, siblings, neighbours } = answer;
   const player = denoising(board, params, row);
   const run = { run: params.run };
-  const beside = (key, text) => (key ? h("a", { class: "button", href: rolloutLink({ key }, params) }, text) : h("span", { class: "button off" }, text));
+  const beside = (key, text) => (key ? h("a", { class: "button", href: rolloutLink({ key }, params) }, text) : h("span", { ...OFF, class: "button off" }, text));
   replace(root,
     h("div", { class: "row" }, h("h1", {}, row.problem, h("small", {}, ` step ${number(row.step)} · sample ${number(row.sample)}`)),
       h("span", { class: "beside" }, beside(neighbours.previous, "↑ k"), beside(neighbours.next, "↓ j"))),
