@@ -13,6 +13,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -119,29 +120,33 @@ def test_a_model_that_writes_nothing_scores_nothing(tmp_path: Path, called: Call
             assert pq.read_table(out / "samples.parquet").to_pylist()[0]["detail"] == "nothing was written"
 
 
-def test_what_is_sampled_together_changes_nothing(
+def sampled_texts(called: Called, folder: Path, name: str, rows: int, *more: str) -> tuple[pa.Table, list[dict]]:
+    """Eight problems, greedy and in two samples at temperature 1, in batches of up to so many rows."""
+    model, data = folder / "model", folder / "test.jsonl"
+    if not model.exists():
+        tiny_folder(model, max_positions=1024)
+        gsm8k_file(folder, *(str(10**n) for n in range(8)))
+    prompts = [chat_ids(tiny_tokenizer(), task.problem) for task in benchmark_tasks("gsm8k", data).tasks]
+    width = aligned(max(map(len, prompts)) + 4)
+    sweep = ("--temperature", "0", "--temperature", "1", "--samples", "2", "--max-tokens-per-batch", str(rows * width))
+    status, _, stderr = called(*command("gsm8k", data, model, folder / name, *sweep, *more))
+    assert status == 0, stderr
+    return pq.read_table(folder / name / "samples.parquet"), scores(folder / name)
+
+
+def test_what_is_sampled_in_a_batch_changes_nothing(tmp_path: Path, called: Called):
+    one, three, eight = (sampled_texts(called, tmp_path, str(rows), rows) for rows in (1, 3, 8))
+    assert one[0].num_rows == 8 + 16 and len(set(one[0]["text"].to_pylist())) > 4
+    assert one[0].equals(three[0]) and one[0].equals(eight[0]) and one[1] == three[1] == eight[1]
+
+
+def test_the_number_of_workers_changes_nothing(
     ray_cluster: RayCluster, tmp_path: Path, called: Called, monkeypatch: pytest.MonkeyPatch
 ):
-    """Batches of 1, 3 and 8 rows, and two workers; prompts of several lengths, greedy and not."""
-    model = tiny_folder(tmp_path / "model", max_positions=1024)
-    data = gsm8k_file(tmp_path, *(str(10**n) for n in range(10)))
-    tasks, tokenizer = benchmark_tasks("gsm8k", data).tasks, tiny_tokenizer()
-    width = aligned(max(len(chat_ids(tokenizer, task.problem)) for task in tasks) + 4)
-    monkeypatch.setattr(module, "PART", 8)  # so that two workers have parts in turns
-    found = {}
-    for name, options in {
-        "one": ("--max-tokens-per-batch", "1"),
-        "three": ("--max-tokens-per-batch", str(3 * width)),
-        "eight": ("--max-tokens-per-batch", str(8 * width)),
-        "two workers": ("--max-tokens-per-batch", str(3 * width), "--workers", "2"),
-    }.items():
-        sweep = ("--temperature", "0", "--temperature", "1", "--samples", "2", "--limit", "8")
-        status, _, stderr = called(*command("gsm8k", data, model, tmp_path / name, *sweep, *options))
-        assert status == 0, stderr
-        found[name] = pq.read_table(tmp_path / name / "samples.parquet")
-    assert len(found["one"]) == 8 + 16 and len(set(found["one"]["text"].to_pylist())) > 4
-    assert all(table.equals(found["one"]) for table in found.values())
-    assert len({json.dumps(scores(tmp_path / name)) for name in found}) == 1
+    monkeypatch.setattr(module, "PART", 5)  # so that two workers have parts in turns
+    table, found = sampled_texts(called, tmp_path, "here", 3)
+    for workers in (1, 2):
+        assert sampled_texts(called, tmp_path, f"{workers}", 3, "--workers", str(workers)) == (table, found)
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path, called: Called):
