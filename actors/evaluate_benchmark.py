@@ -45,6 +45,7 @@ from diffrl.errors import ConfigError, RunStoppedError, shown
 from diffrl.files import write_json, write_whole
 from diffrl.fingerprints import FileHashes, digest, model_files
 from diffrl.infilling import check_length
+from diffrl.models.base import PolicyModel
 from diffrl.models.tokens import end_ids, length_with_end
 from diffrl.prompts import chat_ids
 from diffrl.seeds import derive_seed
@@ -134,7 +135,7 @@ class SampleWorker:
         old, sampling = self.engine, replace(self.sampling, temperature=asks[0].key[0])
         ends = end_ids(self.tokenizer)
         engine = engine_for(
-            old.model,
+            cast(PolicyModel, old.model),
             sampling.params(self.num_tokens),
             max_tokens=old.max_tokens,
             vocab_size=len(self.tokenizer),
