@@ -89,6 +89,7 @@ def analyze(paths: Sequence[str], config: AnalyzeConfig) -> None:
         results: dict[str, Result] = {s.name: read_run(s.name, s.path, config) for s in sources if not s.is_model}
         if folders:
             config = config.model_copy(update={"sandbox": choose_sandbox(config.sandbox)[0]})
+        part = part_of(Path(config.out))
     cpus = config.num_workers * config.cpus_per_worker
     with cluster(config.ray.address, cpus) if folders and config.num_workers else nullcontext():
         for source in folders:
@@ -100,10 +101,6 @@ def analyze(paths: Sequence[str], config: AnalyzeConfig) -> None:
     described = [(source.name, description(source, results[source.name])) for source in sources]
 
     out = Path(config.out)
-    part = out.with_name(f".{out.name}.part")
-    part.mkdir(parents=True, exist_ok=True)
-    for file in part.iterdir():  # of a call that was killed
-        file.unlink()
     for name, table in tables.items():
         write_json(part / f"{name}.json", table)
     plots = write_plots(part, tables)
@@ -165,6 +162,15 @@ def check_out(out: Path) -> None:
         raise ConfigError(f"out: {out} is not a folder; name another")
     if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
         raise ConfigError(f"out: {out} holds something else than an analysis; name another")
+
+
+def part_of(out: Path) -> Path:
+    """An empty folder beside `out`, which takes its place at the end."""
+    part = out.resolve().with_name(f".{out.resolve().name}.part")
+    part.mkdir(parents=True, exist_ok=True)
+    for file in part.iterdir():  # of a call that was killed
+        file.unlink()
+    return part
 
 
 def problems_for(config: AnalyzeConfig, models: Sequence[Source]) -> tuple[list[Problem], list[Problem]]:

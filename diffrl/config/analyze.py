@@ -56,6 +56,7 @@ class AnalyzeConfig(Section):
         require(steps <= window, "sampling.steps", steps, f"be at most sampling.completion_tokens {window}")
         require(self.max_k < window, "max_k", self.max_k, f"be below sampling.completion_tokens {window}")
         require(max(self.speedups) <= steps, "speedups", max(self.speedups), f"be at most sampling.steps {steps}")
+        require(2 in self.speedups, "speedups", list(self.speedups), "hold 2: claims are about half the steps")
         return self
 
     def settings(self) -> list[tuple[float, int]]:

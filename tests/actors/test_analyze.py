@@ -146,6 +146,7 @@ def test_bad_input_is_one_line(tmp_path: Path, called: Called):
         ((*small, "pass_k=[1,3]"), ["pass_k: 3", "num_samples 2"]),
         ((*small, "max_k=12"), ["max_k: 12", "sampling.completion_tokens 12"]),
         ((*small, "speedups=[13]"), ["speedups: 13", "sampling.steps 12"]),
+        ((*small, "speedups=[4]"), ["speedups: [4]", "hold 2"]),
         ((*small, "temperatures=[0]"), ["temperatures.0: 0"]),
         ((*small, "sampling.completion_tokens=60"), ["60 to fill", "more than the 64", "microcode/"]),
         ((*small, "math.path=/nowhere.jsonl"), ["math.path", "/nowhere.jsonl"]),
