@@ -14,8 +14,6 @@ from diffrl.board.orders import StepOrder
 from diffrl.board.reading import mapping
 from diffrl.board.run import Run, open_run
 from diffrl.errors import ConfigError
-from diffrl.estimators import ESTIMATORS
-from diffrl.models.folders import family_of, read_config
 from diffrl.pass_rates import PassRates, read_report
 from diffrl.resume import MEANINGS, fields_of, kind_of
 
@@ -92,17 +90,8 @@ class ReportRun:
 
     @cached_property
     def family(self) -> str:
-        """diffusion or autoregressive: in RL the estimator's, which a run only starts with when it is the model's; else that
-        of the model's folder, and of a model from random weights diffusion."""
-        estimator = ESTIMATORS.get(str(self.config.get("method.estimator")))
-        if estimator is not None:
-            return FAMILIES[estimator.family]
-        for folder in (self.run.path / "model", Path(str(self.config.get("model.path")))):
-            try:
-                return FAMILIES[family_of(read_config(folder)).family]
-            except (OSError, ValueError):
-                continue
-        return ABSENT if self.config.get("model.path") else FAMILIES["diffusion"]
+        """diffusion or autoregressive; configs that name none are of diffusion models."""
+        return FAMILIES.get(str(self.config.get("model.family", "diffusion")), ABSENT)
 
     @cached_property
     def num_steps(self) -> int:

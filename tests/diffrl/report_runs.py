@@ -26,6 +26,7 @@ def make_rl_run(
             "run_dir": str(folder),
             "seed": seed,
             "data": {"source": "microcode"},
+            "model": {"family": "causal" if (method or {}).get("estimator") == "causal" else "diffusion"},
             "method": {"group_size": shape.group_size, **(method or {})},
             "train": {"steps": shape.steps, "prompts_per_step": shape.groups},
             "report": {"problems": {"source": "microcode", "split": "held_out"}, "num_samples": 8},
