@@ -150,7 +150,7 @@ def test_an_interval_of_a_rate_covers_it_as_it_should():
 def test_seeds_of_one_configuration_are_one_curve_with_its_spread(page, folders):
     groups = groups_of(open_runs([str(folder) for folder in folders]))
     assert [len(group.runs) for group in groups] == [3, 1]
-    assert groups[0].label == "method.estimator coupled, 3 seeds" and groups[1].label == "ar"
+    assert groups[0].label == "model.family diffusion, method.estimator coupled, 3 seeds" and groups[1].label == "ar"
     values = np.array([[row["reward/mean"] for row in metrics(folder)] for folder in folders])
     first, last = values[:3, 0], values[:3, -1]
     told = (
@@ -181,7 +181,11 @@ def test_what_differs_is_listed(page, folders):
     head, *rows = table(page, "What differs")
     found = {row[0]: row[1:] for row in rows}
     assert head[1:] == [folder.name for folder in folders]
-    assert found == {"seed": ["0", "1", "2", "0"], "method.estimator": ["coupled"] * 3 + ["causal"]}
+    assert found == {
+        "seed": ["0", "1", "2", "0"],
+        "model.family": ["diffusion"] * 3 + ["causal"],
+        "method.estimator": ["coupled"] * 3 + ["causal"],
+    }
     whole = [words(details) for details in page.iter("details") if "whole configuration" in words(details)]
     assert len(whole) == 4 and "\nmethod.group_size: 4\n" in whole[0]
 
