@@ -73,7 +73,7 @@ def test_a_model_beside_the_rollouts_of_a_run(tmp_path: Path, called: Called):
         orders.setdefault(row["ordinal"], []).append(order)
     told = {(row["kind"], row["k"]): row for row in rows_of(out, "ar_ness") if row["source"] == "run rollouts"}
     for kind, of in (("local", local_ar_ness), ("global", global_ar_ness)):
-        means = [np.mean([of(order, 2) for order in group]) for group in orders.values()]
+        means = [np.mean([of(order, 2) or 0.0 for order in group]) for group in orders.values()]
         assert told[kind, 2]["mean"] == pytest.approx(np.mean(means)) and told[kind, 2]["problems"] == len(orders) == 9
 
     status, stdout, stderr = called("analyze", str(run), f"out={out}")
