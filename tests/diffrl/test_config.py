@@ -23,8 +23,10 @@ from diffrl.views import ViewOptions
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 PIPELINES = [path for path in FILES if path.stem.endswith("pipeline")]
-CURATION = [path for path in FILES if path.stem == "curate"]
-CONFIGS = [path for path in FILES if path not in PIPELINES + CURATION]
+OTHERS = [
+    path for path in FILES if path.stem.endswith(("curate", "analysis"))
+]  # of no stage; their commands' tests load them
+CONFIGS = [path for path in FILES if path not in PIPELINES + OTHERS]
 SMALLEST = {"stage": "rl", "data": {"source": "microcode"}}
 # A config of the quickstart's kind, whose numbers the messages below repeat.
 BASE = """
