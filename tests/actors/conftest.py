@@ -38,6 +38,7 @@ def called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["diffrl", *arguments])
+        capsys.readouterr()  # of libraries that the test itself has used
         with pytest.raises(SystemExit) as ended:
             main()
         made = capsys.readouterr()
