@@ -26,6 +26,7 @@ from diffrl.prompts import chat_ids
 from diffrl.types import Problem
 
 MAX_SEED = 2**31 - 1
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +91,8 @@ class VllmWorker:
         state = await asyncio.to_thread(fetch, weights)
         if lacking := sorted(self.names - state.keys()):
             raise RuntimeError(f"weights version {weights.version} lack {shown(', '.join(lacking))}")
+        if self.engine.model_config.hf_config.tie_word_embeddings:  # else a reload leaves the head its old, packed copy
+            state = {**state, HEAD: state[EMBEDDINGS]}
         for name, tensor in state.items():
             data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
             dtype = str(tensor.dtype).removeprefix("torch.")
