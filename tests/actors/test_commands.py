@@ -596,7 +596,10 @@ BAD_INPUT = {
     "unknown key": (["method.group_sise=4"], ["method.group_sise", "group_size"]),
     "wrong type": (["train.steps=many"], ["train.steps", "'many'"]),
     "group_size 1": (["method.group_size=1"], ["method.group_size", "1"]),
-    "estimator of another family": (["method.estimator=causal"], ["method.estimator", "'causal'", "model.family diffusion"]),
+    "estimator of another family": (
+        ["method.estimator=causal"],
+        ["method.estimator", "'causal'", "model.family diffusion"],
+    ),
     "missing file": (["data.source=mbpp", "data.path=/nowhere.jsonl"], ["path", "/nowhere.jsonl"]),
     "report on training data": (["report.problems.split=train"], ["report.problems", "train"]),
     "does not divide": (["train.prompts_per_step=7", "learner.num_ranks=2"], ["train.prompts_per_step", "7"]),
