@@ -18,13 +18,13 @@ import ray
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from actors.commands import context_length, open_engine, open_tokenizer, policy_of
+from actors.commands import context_length, device_of, open_policy, open_tokenizer, policy_of
 from actors.evaluate import EVALUATION_ATTEMPTS, num_correct
 from actors.evaluate_folder import judged
 from actors.placement import Ask, make_room
 from actors.prepare import choose_sandbox, said_in_a_line
 from actors.reward import RewardWorker
-from actors.rollout import canvases_of, rollout_of
+from actors.rollout import sampled_groups
 from actors.system import cluster
 from diffrl.analysis.confidence import first_looks
 from diffrl.analysis.math_set import is_right, math_problems
@@ -297,40 +297,22 @@ def explored_here(folder: Path, jobs: Sequence[Job]) -> Iterator[Explored]:
     first = jobs[0].config
     torch.set_num_threads(first.threads)
     tokenizer = open_tokenizer(folder)
-    opened = open_engine(folder, tokenizer, first.params(), max_tokens=first.max_tokens_per_batch)
-    assert isinstance(opened, Engine), folder
+    model = open_policy(folder, tokenizer)
     for job in jobs:
         engine = Engine(
-            opened.model,
+            model,
             job.config.params(),
             max_tokens=first.max_tokens_per_batch,
             vocab_size=len(tokenizer),
-            device=opened.device,
+            device=device_of(model),
         )
         yield do(job, engine, tokenizer)
 
 
 def do(job: Job, engine: Engine, tokenizer: PreTrainedTokenizerFast) -> Explored:
     config, window = job.config, job.config.sampling.completion_tokens
-    prompts = [np.asarray(chat_ids(tokenizer, problem), dtype=np.int32) for problem in job.problems]
     seeds = [[derive_seed(config.seed, "analysis", p.id, s) for s in range(config.num_samples)] for p in job.problems]
-    for prompt_P, own in zip(prompts, seeds, strict=True):
-        for canvas in canvases_of(prompt_P, window, own):
-            engine.add(canvas)
-    rows = iter(engine.run())
-    groups = tuple(
-        RolloutGroup(
-            problem=problem,
-            ordinal=ordinal,
-            policy_version=0,
-            prompt_ids_P=prompt_P,
-            rollouts=tuple(
-                rollout_of(tokenizer, next(rows), completion_tokens=window, index=index, seed=seed)
-                for index, seed in enumerate(own)
-            ),
-        )
-        for ordinal, (problem, prompt_P, own) in enumerate(zip(job.problems, prompts, seeds, strict=True))
-    )
+    groups = tuple(sampled_groups(engine, tokenizer, job.problems, completion_tokens=window, seeds=seeds))
     looks = tuple(
         first_looks(
             engine.model,

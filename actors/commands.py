@@ -20,6 +20,7 @@ from diffrl.causal_sampler import CausalEngine, engine_for
 from diffrl.config import ModelConfig
 from diffrl.errors import ConfigError
 from diffrl.infilling import HoledText, canvas_of, check_length, filled_text, hole_texts, parse_holes
+from diffrl.models.base import PolicyModel
 from diffrl.models.folders import family_of, read_config
 from diffrl.models.loading import load_policy, load_policy_tokenizer
 from diffrl.models.tokens import decode, end_ids, length_with_end
@@ -316,6 +317,19 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise ConfigError(str(error)) from error
 
 
+def open_policy(folder: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> PolicyModel:
+    """The model of a folder, on a GPU where there is one. Raises ConfigError."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return load_policy(policy_of(folder), tokenizer, seed=seed).eval().to(device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def device_of(model: PolicyModel) -> torch.device:
+    return next(model.parameters()).device
+
+
 def open_engine(
     folder: Path,
     tokenizer: PreTrainedTokenizerFast,
@@ -324,10 +338,6 @@ def open_engine(
     seed: int = 0,
     max_tokens: int = 1 << 62,
 ) -> Engine | CausalEngine:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        model = load_policy(policy_of(folder), tokenizer, seed=seed).eval().to(device)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    ends = end_ids(tokenizer)
+    model = open_policy(folder, tokenizer, seed=seed)
+    ends, device = end_ids(tokenizer), device_of(model)
     return engine_for(model, params, max_tokens=max_tokens, vocab_size=len(tokenizer), end_ids=ends, device=device)

@@ -27,8 +27,9 @@ from actors.commands import (
     check_folder,
     completion_text,
     context_length,
+    device_of,
     explain_steps,
-    open_engine,
+    open_policy,
     open_tokenizer,
 )
 from actors.evaluate import EVALUATION_ATTEMPTS
@@ -45,7 +46,6 @@ from diffrl.errors import ConfigError, RunStoppedError, shown
 from diffrl.files import write_json, write_whole
 from diffrl.fingerprints import FileHashes, digest, model_files
 from diffrl.infilling import check_length
-from diffrl.models.base import PolicyModel
 from diffrl.models.tokens import end_ids, length_with_end
 from diffrl.prompts import chat_ids
 from diffrl.seeds import derive_seed
@@ -128,19 +128,18 @@ class SampleWorker:
         torch.set_num_threads(threads)
         self.sampling, self.num_tokens = sampling, cast(int, sampling.tokens)
         self.tokenizer = open_tokenizer(folder)
-        self.engine = open_engine(folder, self.tokenizer, sampling.params(self.num_tokens), max_tokens=max_tokens)
+        self.model, self.max_tokens = open_policy(folder, self.tokenizer), max_tokens
 
     def fill(self, asks: Sequence[SampleAsk]) -> list[tuple[str, int]]:
         """(text, number of tokens) of each; all of one temperature."""
-        old, sampling = self.engine, replace(self.sampling, temperature=asks[0].key[0])
-        ends = end_ids(self.tokenizer)
+        sampling, ends = replace(self.sampling, temperature=asks[0].key[0]), end_ids(self.tokenizer)
         engine = engine_for(
-            cast(PolicyModel, old.model),
+            self.model,
             sampling.params(self.num_tokens),
-            max_tokens=old.max_tokens,
+            max_tokens=self.max_tokens,
             vocab_size=len(self.tokenizer),
             end_ids=ends,
-            device=old.device,
+            device=device_of(self.model),
         )
         for ask in asks:
             prompt_P = torch.tensor(ask.prompt_ids, dtype=torch.int32).numpy()

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 import ray
 import torch
 
@@ -17,11 +16,10 @@ from actors.commands import open_engine, open_tokenizer
 from actors.evaluate import EVALUATION_ATTEMPTS, PassRates, num_correct
 from actors.placement import ask_of_evaluation, make_room
 from actors.reward import RewardWorker
-from actors.rollout import canvases_of, rollout_of
+from actors.rollout import sampled_groups
 from actors.system import cluster
 from diffrl.config import SupervisionConfig
 from diffrl.config.pipeline import EvaluationConfig
-from diffrl.prompts import chat_ids
 from diffrl.rewards import RECIPE_WEIGHTS
 from diffrl.seeds import derive_seed
 from diffrl.types import Judgement, Problem, RolloutGroup
@@ -77,22 +75,5 @@ def sample_problems(folder: Path, config: EvaluationConfig, problems: Sequence[P
     torch.set_num_threads(config.threads)
     tokenizer, window = open_tokenizer(folder), config.sampling.completion_tokens
     engine = open_engine(folder, tokenizer, config.params(), max_tokens=config.max_tokens_per_batch)
-    prompts = [np.asarray(chat_ids(tokenizer, problem), dtype=np.int32) for problem in problems]
     seeds = [[derive_seed(config.seed, "evaluation", p.id, s) for s in range(config.num_samples)] for p in problems]
-    for prompt_P, own in zip(prompts, seeds, strict=True):
-        for canvas in canvases_of(prompt_P, window, own):
-            engine.add(canvas)
-    rows = iter(engine.run())
-    return [
-        RolloutGroup(
-            problem=problem,
-            ordinal=ordinal,
-            policy_version=0,
-            prompt_ids_P=prompt_P,
-            rollouts=tuple(
-                rollout_of(tokenizer, next(rows), completion_tokens=window, index=index, seed=seed)
-                for index, seed in enumerate(own)
-            ),
-        )
-        for ordinal, (problem, prompt_P, own) in enumerate(zip(problems, prompts, seeds, strict=True))
-    ]
+    return sampled_groups(engine, tokenizer, problems, completion_tokens=window, seeds=seeds)

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerFast
 
 from actors.commands import (
@@ -15,10 +14,12 @@ from actors.commands import (
     chat_canvas,
     check_folder,
     context_length,
+    device_of,
+    open_policy,
     open_tokenizer,
     policy_of,
 )
-from actors.rollout import rollout_of
+from actors.rollout import sampled_groups
 from diffrl.config import ProblemsConfig
 from diffrl.data.sources import problems_of
 from diffrl.errors import ConfigError, one_of
@@ -27,12 +28,10 @@ from diffrl.files import write_json
 from diffrl.infilling import check_length
 from diffrl.laboratory import PARTS, Scorer, batch_of, find_truth, measure, variants
 from diffrl.laboratory_report import Findings, as_json, as_text, draw, weights_by_variant
-from diffrl.models.base import PolicyModel
-from diffrl.models.loading import load_policy
 from diffrl.models.tokens import end_ids, special_id
 from diffrl.prompts import build_prompt
 from diffrl.rollout_store import read_step, scored_groups, step_file
-from diffrl.sampler import Canvas, Engine
+from diffrl.sampler import Engine
 from diffrl.scoring import to_device
 from diffrl.seeds import derive_seed
 from diffrl.types import Problem, RolloutGroup
@@ -90,27 +89,31 @@ def laboratory(
     check_outputs(options)
     folder = check_folder(sampling.model)
     tokenizer = open_tokenizer(folder)
+    if policy_of(folder).family == "causal":
+        raise ConfigError(f"MODEL: {folder} is autoregressive, its log-probs need no estimate; give a diffusion model")
     num_tokens = DEFAULT_TOKENS if sampling.tokens is None else sampling.tokens
     params = sampling.params(num_tokens)
     if rollouts is not None:
         groups = stored_groups(Path(rollouts), step, tokenizer, options)
         for group in groups:
             fits(len(group.prompt_ids_P), len(group.rollouts[0].completion_ids_C), folder)
-        model = open_model(folder, tokenizer)
+        model = open_policy(folder, tokenizer)
     else:
         problems = chosen_problems(source, options.problems)
-        canvases = [chat_canvas(build_prompt(problem), num_tokens, tokenizer, folder) for problem in problems]
-        model = open_model(folder, tokenizer)
+        for problem in problems:
+            chat_canvas(build_prompt(problem), num_tokens, tokenizer, folder)  # refuses what does not fit
+        model = open_policy(folder, tokenizer)
         engine = Engine(
             model,
             params,
             max_tokens=MAX_TOKENS,
             vocab_size=len(tokenizer),
             end_ids=end_ids(tokenizer),
-            device=next(model.parameters()).device,
+            device=device_of(model),
         )
-        groups = sampled_groups(engine, tokenizer, problems, canvases, options.samples, sampling.seed)
-    batch = to_device(batch_of(groups, special_id(tokenizer, "pad")), next(model.parameters()).device)
+        seeds = [[derive_seed(sampling.seed, "variance", p.id, s) for s in range(options.samples)] for p in problems]
+        groups = sampled_groups(engine, tokenizer, problems, completion_tokens=num_tokens, seeds=seeds)
+    batch = to_device(batch_of(groups, special_id(tokenizer, "pad")), device_of(model))
     scorer = Scorer(model, batch)
     progress(f"{len(batch.completion_ids_BC)} completions; the truth from {options.masks} masks of each")
     truth = find_truth(scorer, t_range=ranges[0], num_masks=options.masks, seed=sampling.seed)
@@ -152,17 +155,6 @@ def progress(text: str) -> None:
 # Completions
 
 
-def open_model(folder: Path, tokenizer: PreTrainedTokenizerFast) -> PolicyModel:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = policy_of(folder)
-    if config.family == "causal":
-        raise ConfigError(f"MODEL: {folder} is autoregressive, its log-probs need no estimate; give a diffusion model")
-    try:
-        return load_policy(config, tokenizer, seed=0).eval().to(device)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
 def chosen_problems(source: ProblemsConfig | None, count: int) -> list[Problem]:
     """So many, evenly spread."""
     if source is None:
@@ -174,36 +166,6 @@ def chosen_problems(source: ProblemsConfig | None, count: int) -> list[Problem]:
     if len(found) < count:
         raise ConfigError(f"--problems: {count} must be at most {len(found)}, as many as there are")
     return [found[index * len(found) // count] for index in range(count)]
-
-
-def sampled_groups(
-    engine: Engine,
-    tokenizer: PreTrainedTokenizerFast,
-    problems: Sequence[Problem],
-    canvases: Sequence[Canvas],
-    samples: int,
-    seed: int,
-) -> list[RolloutGroup]:
-    seeds = [[derive_seed(seed, "variance", p.id, index) for index in range(samples)] for p in problems]
-    for canvas, own in zip(canvases, seeds, strict=True):
-        for row_seed in own:
-            engine.add(replace(canvas, seed=row_seed))
-    rows = iter(engine.run())
-    return [
-        RolloutGroup(
-            problem=problem,
-            ordinal=ordinal,
-            policy_version=0,
-            prompt_ids_P=canvas.ids_L[~canvas.hidden_L].numpy(),
-            rollouts=tuple(
-                rollout_of(
-                    tokenizer, next(rows), completion_tokens=int(canvas.hidden_L.sum()), index=index, seed=row_seed
-                )
-                for index, row_seed in enumerate(own)
-            ),
-        )
-        for ordinal, (problem, canvas, own) in enumerate(zip(problems, canvases, seeds, strict=True))
-    ]
 
 
 def stored_groups(

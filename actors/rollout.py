@@ -118,6 +118,35 @@ def canvases_of(prompt_P: np.ndarray, completion_tokens: int, seeds: Sequence[in
     return [Canvas(ids_L=ids_L, hidden_L=hidden_L, seed=seed) for seed in seeds]
 
 
+def sampled_groups(
+    engine: Engine | CausalEngine,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: Sequence[Problem],
+    *,
+    completion_tokens: int,
+    seeds: Sequence[Sequence[int]],
+) -> list[RolloutGroup]:
+    """A group of each problem, with a completion for each of its seeds, from an engine that has nothing else to do."""
+    prompts = [np.asarray(chat_ids(tokenizer, problem), dtype=np.int32) for problem in problems]
+    for prompt_P, own in zip(prompts, seeds, strict=True):
+        for canvas in canvases_of(prompt_P, completion_tokens, own):
+            engine.add(canvas)
+    rows = iter(engine.run())
+    return [
+        RolloutGroup(
+            problem=problem,
+            ordinal=ordinal,
+            policy_version=0,
+            prompt_ids_P=prompt_P,
+            rollouts=tuple(
+                rollout_of(tokenizer, next(rows), completion_tokens=completion_tokens, index=index, seed=seed)
+                for index, seed in enumerate(own)
+            ),
+        )
+        for ordinal, (problem, prompt_P, own) in enumerate(zip(problems, prompts, seeds, strict=True))
+    ]
+
+
 def rollout_of(
     tokenizer: PreTrainedTokenizerFast, row: Filled, *, completion_tokens: int, index: int, seed: int
 ) -> Rollout:

@@ -5,37 +5,25 @@ adapters and export are the same code: logits at position i are about token i, g
 tokens has no meaning here; the estimator `causal` hides none, and its log-probs are exact.
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config
 
-from diffrl.models.base import BackboneConfig, PolicyModel
-from diffrl.models.dream import dream_config_dict, qwen2_config
+from diffrl.models.dream import DreamModel, dream_config_dict
 
 NO_MASK = -1  # no embedding: a row in which anything is hidden fails
 
 
-class CausalModel(PolicyModel):
-    """A Qwen2 that predicts each token from those before it; the first of a row is predicted from nothing that counts."""
+class CausalModel(DreamModel):
+    """Dream's backbone as its parent uses it: each token is predicted from those before it. The first of a row sees itself,
+    and is never scored."""
 
     family = "causal"
-    shifted = True
     model_types = ("qwen2",)
-    backbone_class = Qwen2ForCausalLM
-
-    @property
-    def config(self) -> Qwen2Config:
-        return cast(Qwen2Config, self.backbone.config)
 
     @staticmethod
-    def stock_config(hf_config: dict) -> Qwen2Config:
-        return qwen2_config(hf_config)
-
-    @staticmethod
-    def config_dict(config: BackboneConfig, mask_token_id: int) -> dict:
-        keys = {**dream_config_dict(cast(Qwen2Config, config), mask_token_id), "model_type": "qwen2"}
+    def config_dict(config: Qwen2Config, mask_token_id: int) -> dict:
+        keys = {**dream_config_dict(config, mask_token_id), "model_type": "qwen2"}
         del keys["mask_token_id"]
         return {**keys, "architectures": ["Qwen2ForCausalLM"]}
 
