@@ -22,21 +22,26 @@ _MARK = re.compile(r"<<.*?>>")
 
 def gsm8k_task(row: Row) -> Task:
     """Without the examples. Rows have no names; `with_examples` numbers them."""
-    answer = text_of(row, "answer")
-    _, mark, number = answer.rpartition("#### ")
-    right = last_number(number) if mark else None
-    if right is None:
-        raise RowError("field 'answer' does not end in '#### NUMBER': give the rows of GSM8K", "answer")
+    right = right_number(row)
     question = f"Question: {text_of(row, 'question').strip()}\nAnswer:"
     problem = Problem(
         id="gsm8k",
         prompt=question,
         prompt_tests=(),
         reward_tests=(f"the last number is {right}",),
-        solution=_MARK.sub("", answer),
+        solution=_MARK.sub("", text_of(row, "answer")),
         family="gsm8k",
     )
     return Task(problem=problem, prefix=question, stops=STOPS, answer=right)
+
+
+def right_number(row: Row) -> str:
+    """As `last_number` writes it. Raises RowError."""
+    _, mark, number = text_of(row, "answer").rpartition("#### ")
+    right = last_number(number) if mark else None
+    if right is None:
+        raise RowError("field 'answer' does not end in '#### NUMBER': give the rows of GSM8K", "answer")
+    return right
 
 
 def with_examples(tasks: Sequence[Task], data: str) -> list[Task]:

@@ -186,11 +186,12 @@ def test_planted_claims_are_seen_and_the_opposite_is_not():
 
 
 def test_tables_hold_the_numbers_and_are_json():
-    results = [model("sft", 0.9, 0.1), model("rl", 0.2, 0.85, math=True), run()]
+    first = model("sft", 0.9, 0.1)
+    results = [first, model("rl", 0.2, 0.85, math=True), run()]
     tables = tables_of(results, claims_of(results, seed=0), max_k=MAX_K, seed=0)
     assert json.loads(json.dumps(tables, allow_nan=False)) == tables
     assert set(PICTURES) == set(PLOTS) == set(tables) - {"claims"}
-    full, half = (results[0].cells[0.4, n].values["pass@1"].mean() for n in (8, 4))  # type: ignore[union-attr]
+    full, half = (first.cells[0.4, n].values["pass@1"].mean() for n in (8, 4))
     rows = {(r["source"], r["steps"], r["measure"]): r for r in tables["steps"]["rows"]}
     assert rows["sft", 4, "loss"]["mean"] == pytest.approx(full - half) and rows["sft", 4, "loss"]["speedup"] == 2
     assert rows["sft", 8, "loss"]["mean"] == 0 and rows["sft", 8, "loss"]["speedup"] == 1
