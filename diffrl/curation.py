@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from diffrl.config.curate import SAMPLED_BY, CurateConfig, CurateModel, CurateSft, CurateSplit
 from diffrl.data.acecode import Quantiles, difficulties
 from diffrl.data.sft import fenced
-from diffrl.files import write_lines, write_whole
+from diffrl.files import utf8, write_lines, write_whole
 from diffrl.fingerprints import FileHashes, digest, model_files
 from diffrl.prompts import build_prompt
 from diffrl.types import Problem
@@ -130,7 +130,7 @@ def write_inferences(path: Path, problems: Iterable[Problem], stores: Sequence[S
 
 def inference_row(problem: Problem, shards: Sequence[tuple[str, Shard]]) -> dict:
     inferences = [
-        {"completion": s.completion, "completion_id": number, "model_name": name, "pass_rate": s.pass_rate}
+        {"completion": utf8(s.completion), "completion_id": number, "model_name": name, "pass_rate": s.pass_rate}
         for name, shard in shards
         for number, s in enumerate(shard.samples)
     ]

@@ -5,6 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
+def utf8(text: str) -> str:
+    """What Parquet takes: lone surrogates, which a program can put into an error message and a server into its JSON, are
+    written as \\udXXX."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def write_whole(file: Path, text: str) -> None:
     part = file.with_name(f"{file.name}.part")
     part.write_text(text)

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerFast
 
+from diffrl.files import utf8
 from diffrl.prompts import build_prompt, chat_ids
 from diffrl.types import Judgement, Problem, Rollout, RolloutGroup, ScoredGroup
 
@@ -131,7 +132,7 @@ def scored_groups(
     for _, rows in groupby(table.to_pylist(), key=lambda row: row["ordinal"]):
         group = list(rows)
         problem = problems.get(group[0]["problem_id"])
-        if problem is None or _utf8(build_prompt(problem)) != group[0]["prompt"]:
+        if problem is None or utf8(build_prompt(problem)) != group[0]["prompt"]:
             what = "missing" if problem is None else "another one"
             raise ValueError(
                 f"data: problem {group[0]['problem_id']!r} is {what}, and there are rollouts of it; use the data that they "
@@ -186,15 +187,15 @@ def _row(step: int, group: RolloutGroup, rollout: Rollout, judgement: Judgement,
         "sample_index": rollout.sample_index,
         "problem_id": group.problem.id,
         "family": group.problem.family,
-        "prompt": _utf8(build_prompt(group.problem)),
-        "completion": _utf8(rollout.text),
+        "prompt": utf8(build_prompt(group.problem)),
+        "completion": utf8(rollout.text),
         "completion_ids": rollout.completion_ids_C,
         "num_tokens": rollout.num_tokens,
         "step_map": rollout.step_map_C,
         "probability": rollout.probability_C,
-        "tests": [_utf8(test[:MAX_TEST_CHARACTERS]) for test in group.problem.reward_tests],
+        "tests": [utf8(test[:MAX_TEST_CHARACTERS]) for test in group.problem.reward_tests],
         "statuses": None if judgement.statuses is None else list(judgement.statuses),
-        "details": [_utf8(line) for line in judgement.details],
+        "details": [utf8(line) for line in judgement.details],
         "reward": judgement.reward,
         "format": judgement.format,
         "pass_rate": judgement.pass_rate,
@@ -204,10 +205,5 @@ def _row(step: int, group: RolloutGroup, rollout: Rollout, judgement: Judgement,
         "seed": rollout.seed,
         "policy_version": group.policy_version,
         "cpu_s": judgement.cpu_s,
-        "detail": _utf8(judgement.detail),
+        "detail": utf8(judgement.detail),
     }
-
-
-def _utf8(text: str) -> str:
-    """Lone surrogates, which a program can put into an error message, are written as \\udXXX."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")

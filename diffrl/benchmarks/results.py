@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from diffrl.analysis import paired_bootstrap, pass_at_k
+from diffrl.files import utf8
 
 SAMPLE_SCHEMA = pa.schema(
     [
@@ -52,7 +53,8 @@ class JudgedSample:
 
 
 def sample_table(samples: Sequence[JudgedSample]) -> pa.Table:
-    return pa.Table.from_pylist([asdict(sample) for sample in samples], schema=SAMPLE_SCHEMA)
+    rows = [{k: utf8(v) if isinstance(v, str) else v for k, v in asdict(sample).items()} for sample in samples]
+    return pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA)
 
 
 def scores_of(

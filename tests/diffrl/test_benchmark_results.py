@@ -52,3 +52,9 @@ def test_every_sample_is_kept(tmp_path):
     table = pq.read_table(tmp_path / "samples.parquet")
     assert table.schema.equals(SAMPLE_SCHEMA)
     assert [row["statuses"] for row in table.to_pylist()] == [s.statuses and list(s.statuses) for s in SAMPLES]
+
+
+def test_text_that_is_not_unicode_is_kept_as_signs():
+    """A program can put it into an error message."""
+    [row] = sample_table([sample("a", 0, BAD, detail="no \ud800")]).to_pylist()
+    assert row["detail"] == "no \\ud800"

@@ -69,6 +69,17 @@ def test_inferences_have_acecode_s_columns_and_can_be_read_as_acecode(store: Sto
     assert [p.license for p in again if not p.id.endswith("/signature")] == ["MIT"] * 4
 
 
+def test_inferences_that_are_not_unicode_are_kept_as_signs(tmp_path: Path):
+    """A server can put them into its JSON."""
+    store = Store(folder=tmp_path / "samples", name="tiny")
+    store.write(
+        PROBLEMS[0], Shard(problem_id=PROBLEMS[0].id, samples=(sample(0.0, "\ud800"),), skipped="", seconds=0.5)
+    )
+    write_inferences(tmp_path / "i.parquet", PROBLEMS[:1], [store])
+    [row] = pq.read_table(tmp_path / "i.parquet").to_pylist()
+    assert [each["completion"] for each in row["inferences"]] == ["\\ud800"]
+
+
 def test_splits(store: Store, tmp_path: Path):
     thresholds = CurateSplit(by="thresholds", hard_max=0.25, easy_min=0.75)
     assert write_splits(tmp_path, PROBLEMS, [store], thresholds) == {"hard": 1, "medium": 1, "easy": 1}
